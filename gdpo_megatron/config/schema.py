@@ -1,0 +1,327 @@
+"""The config tree: one frozen section per concern, each default in exactly one place.
+
+`RLConfig` is what `train` and `eval` read, `SFTConfig` what `sft` reads. Ranges are checked here;
+what concerns several sections, or the world outside the file, is checked in validate.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal
+
+from gdpo_megatron.config.advantage import AdvantageConfig
+from gdpo_megatron.config.loss import LossConfig
+from gdpo_megatron.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    UnitFloat,
+    section,
+)
+
+
+@section
+class ModelConfig:
+    """The policy, and what the reference starts from."""
+
+    hf_path: str
+    """Hugging Face model folder: config.json, safetensors, tokenizer."""
+
+    tokenizer_path: str | None = None
+    """Tokenizer folder, or a SentencePiece .model file; null means hf_path."""
+
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Load the weights of hf_path, or draw new ones (then only its config.json is needed)."""
+
+    max_sequence_length: PositiveInt = 2048
+    """Prompt and completion together, in tokens."""
+
+
+@section
+class ParallelConfig:
+    """Layout of the policy, by Megatron's names. What is left of the world is data parallel."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer."""
+
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Pipeline stages (1F1B)."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """Layers per stage in Megatron's notation, e.g. "Ettt|ttL" for 3 + 2 layers; null spreads them
+    as evenly as possible, the longer stages first."""
+
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks."""
+
+
+@section
+class PrecisionConfig:
+    """Number formats of the update."""
+
+    params_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and activations; with bfloat16 the optimizer keeps float32 master weights."""
+
+
+@section
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Divides the logits; 0 means greedy."""
+
+    top_p: UnitFloat = 1.0
+    """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
+
+    top_k: NonNegativeInt = 0
+    """Keep this many tokens; 0 keeps all."""
+
+    max_completion_tokens: PositiveInt = 256
+    """A completion is cut here, with finish_reason "length"."""
+
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion; they stay part of it."""
+
+    stop_token_ids: tuple[int, ...] | None = None
+    """Tokens that end a completion; null takes the end tokens of the model's generation config."""
+
+
+@section
+class RolloutConfig(SamplingConfig):
+    """The rollout engine and what it is asked for in a step."""
+
+    engine: str = "native"
+    """Rollout engine: native (KV-cache decoding of the policy's weights)."""
+
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share one engine; world size / this engines generate side by side."""
+
+    num_prompts_per_step: PositiveInt = 16
+    """Prompts (groups) of a step, over all ranks."""
+
+    group_size: PositiveInt = 8
+    """Completions per prompt (G)."""
+
+    max_concurrent_sequences: PositiveInt = 256
+    """Completions that one engine decodes at a time; bounds its KV cache."""
+
+
+@section
+class GateConfig:
+    """Condition on another reward (paper eq. 8): below the bound, the gated reward is 0."""
+
+    reward: str
+    """Name of the reward that is looked at (its raw value)."""
+
+    gte: float
+    """The gated reward counts only where that reward is at least this."""
+
+
+@section
+class RewardConfig:
+    """One reward of the run."""
+
+    name: str
+    """Its name in metrics and messages; unique."""
+
+    type: str
+    """A registered reward, or ./file.py:function relative to the config file."""
+
+    weight: float = 1.0
+    """Its weight in the advantage; this is the weights' only home."""
+
+    args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Keyword arguments for the reward function."""
+
+    when: GateConfig | None = None
+    """Optional condition, applied before any normalisation."""
+
+
+@section
+class RewardSuiteConfig:
+    """How rewards are run."""
+
+    num_workers: PositiveInt = 2
+    """Threads that score completions while generation goes on, per engine."""
+
+
+@section
+class DataConfig:
+    """Prompts, from jsonl or parquet; relative paths start at the config file."""
+
+    train: str
+    """Rows to train on."""
+
+    eval: str | None = None
+    """Held-out rows, same fields."""
+
+    prompt_key: str = "prompt"
+    """Field of the prompt: a string, or chat messages [{role, content}, ...]."""
+
+    answer_key: str | None = "answer"
+    """Field given to rewards as `answer`; null where there is none."""
+
+    completion_key: str = "completion"
+    """Field of the completion to imitate (sft only)."""
+
+    prompt_template: str | None = None
+    """Wraps a string prompt, with the row's fields in braces: "Q: {question} A:"."""
+
+    system_prompt: str | None = None
+    """Makes a string prompt a chat of system and user message."""
+
+    max_prompt_tokens: PositiveInt | None = None
+    """Longer prompts are left out and counted; null means what fits beside the completion."""
+
+    shuffle: bool = True
+    """Draw rows in a seeded order, anew each epoch, instead of file order."""
+
+
+@section
+class OptimizerConfig:
+    """AdamW and its learning rate schedule."""
+
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate."""
+
+    min_lr: NonNegativeFloat = 0.0
+    """Where the schedule ends."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warmup, over all optimizer steps of the run."""
+
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warmup."""
+
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay; biases and norms are exempt."""
+
+    betas: tuple[UnitFloat, UnitFloat] = (0.9, 0.95)
+    """Adam's moment decay rates."""
+
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+
+
+@section
+class TrainConfig:
+    """Length of the run and size of its batches."""
+
+    num_steps: PositiveInt = 100
+    """Steps; one is a rollout and its update (in sft: one optimizer step)."""
+
+    num_minibatches_per_step: PositiveInt = 1
+    """Optimizer steps that a rollout batch is split into."""
+
+    micro_batch_size: PositiveInt = 4
+    """Rows of one forward and backward pass on one data-parallel rank."""
+
+    eval_interval: NonNegativeInt = 0
+    """Evaluate on data.eval every so many steps; 0 means never."""
+
+
+@section
+class SFTTrainConfig:
+    """Length of the run and size of its batches."""
+
+    num_steps: PositiveInt = 100
+    """Optimizer steps."""
+
+    global_batch_size: PositiveInt = 64
+    """Rows of one optimizer step, over all ranks."""
+
+    micro_batch_size: PositiveInt = 16
+    """Rows of one forward and backward pass on one data-parallel rank."""
+
+
+@section
+class EvalConfig(SamplingConfig):
+    """Held-out evaluation, `eval` and train.eval_interval alike."""
+
+    num_prompts: PositiveInt | None = None
+    """Use the first so many rows of data.eval; null means all."""
+
+    samples_per_prompt: PositiveInt = 1
+    """Completions per prompt."""
+
+    max_concurrent_sequences: PositiveInt = 256
+    """Completions that one engine decodes at a time."""
+
+
+@section
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    save_interval: NonNegativeInt = 50
+    """Save every so many steps, and at the end; 0 means at the end only."""
+
+    keep_last: PositiveInt = 2
+    """Older checkpoints are removed."""
+
+    export_hf: bool = True
+    """Write the final policy as a Hugging Face folder, <run_dir>/hf."""
+
+
+@section
+class LoggingConfig:
+    """What a run tells."""
+
+    tensorboard: bool = True
+    """Write <run_dir>/tensorboard beside metrics.jsonl."""
+
+    num_rollout_groups: NonNegativeInt = 1
+    """Groups of rollouts written to <run_dir>/rollouts in each step."""
+
+
+@section
+class RLConfig:
+    """A GDPO run (`train`, `eval`)."""
+
+    run_dir: str
+    """Folder of the run: checkpoints, metrics, rollouts, export. A run found there is resumed."""
+
+    model: ModelConfig
+    data: DataConfig
+    rewards: tuple[RewardConfig, ...]
+    """The rewards, each with its weight."""
+
+    seed: int = 1234
+    """Of the data order, the sampling noise and new weights."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward_suite: RewardSuiteConfig = field(default_factory=RewardSuiteConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@section
+class SFTConfig:
+    """A supervised run (`sft`)."""
+
+    run_dir: str
+    """Folder of the run: checkpoints, metrics, export. A run found there is resumed."""
+
+    model: ModelConfig
+    data: DataConfig
+
+    seed: int = 1234
+    """Of the data order and new weights."""
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: SFTTrainConfig = field(default_factory=SFTTrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
