@@ -1,0 +1,273 @@
+#!/usr/bin/env bash
+# Makes the Python environment that everything else here runs in: a virtual environment, the right
+# build of torch, this package. A second call sees from a stamp that nothing changed and is done.
+#
+#   scripts/setup.sh [test|dev]
+#
+#   test (the default)   the package and what its tests need
+#   dev                  the same and the linters
+#
+# Variables:
+#   GDPO_VENV         the environment's folder (default: .venv in the repository)
+#   GDPO_PYTHON       the interpreter to build it from (default: the first of python3.11, python3,
+#                     python3.12, python3.13 that is 3.11 or newer)
+#   GDPO_TORCH        cpu or cuda (default: what the environment has, cpu for a new one)
+#   GDPO_TORCH_INDEX  package index to take torch from
+#
+# Exit codes: 0 ready; 2 something here has to be put right first; 1 an install failed. Either way
+# one line on stderr says what and why, and the installers' own output is in setup.log in the
+# environment's folder.
+set -euo pipefail
+
+readonly CPU_INDEX="https://download.pytorch.org/whl/cpu"
+# A new environment with the CPU build takes 1.7 GB, plus wheels while they are unpacked. With CUDA:
+# an estimate, never measured.
+readonly CPU_FREE_MB=3000 CUDA_FREE_MB=12000
+
+say() { printf 'setup: %s\n' "$*"; }
+die() {
+  local code="$1"
+  shift
+  printf 'setup: %s\n' "$*" >&2
+  exit "$code"
+}
+
+repo="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
+venv="${GDPO_VENV:-$repo/.venv}"
+[[ "$venv" == /* ]] || venv="$PWD/$venv"
+extras="${1:-test}"
+log="$venv/setup.log"
+stamp="$venv/.gdpo-setup-$extras"
+made_here="$venv/.gdpo-made-here"
+unset PYTHONHOME PYTHONPATH # they would lend the environment packages that it does not have
+
+# Run a command with its output in the log; where even the log cannot be written, fail quietly:
+# the caller says why.
+logged() { { printf '+ %s\n' "$*" >>"$log" && "$@" >>"$log" 2>&1; } 2>/dev/null; }
+
+in_venv() { "$venv/bin/python" -I "$@"; }
+
+pip() { in_venv -m pip --disable-pip-version-check --no-input "$@"; }
+
+check_arguments() {
+  if (($# > 1)) || [[ "$extras" != test && "$extras" != dev ]]; then
+    die 2 "unknown arguments '$*'; choices: test, dev"
+  fi
+  if [[ -n "${GDPO_TORCH:-}" && "$GDPO_TORCH" != cpu && "$GDPO_TORCH" != cuda ]]; then
+    die 2 "GDPO_TORCH is '$GDPO_TORCH'; choices: cpu, cuda"
+  fi
+}
+
+# What the stamp must say: everything that an install depends on, the interpreter included.
+fingerprint() {
+  in_venv - "$repo" "$venv" "$1" 2>/dev/null <<'PY'
+import hashlib, pathlib, platform, sys
+digest = hashlib.sha256(pathlib.Path(sys.argv[1], "pyproject.toml").read_bytes())
+digest.update(repr((sys.argv[1:], platform.python_version(), platform.machine())).encode())
+print(digest.hexdigest())
+PY
+}
+
+is_ready() {
+  local torch print
+  [[ -f "$stamp" ]] && read -r torch print <"$stamp" || return 1
+  [[ -z "${GDPO_TORCH:-}" || "$GDPO_TORCH" == "$torch" ]] || return 1
+  [[ "$print" == "$(fingerprint "$extras")" ]]
+}
+
+write_stamp() { printf '%s %s\n' "$1" "$(fingerprint "$2")" >"$venv/.gdpo-setup-$2"; }
+
+# The interpreter's version when it can be run and is new enough (status 0) or too old (status 3).
+python_version() {
+  "$1" -c 'import sys
+print("%d.%d.%d" % sys.version_info[:3])
+sys.exit(0 if sys.version_info >= (3, 11) else 3)' 2>/dev/null
+}
+
+# Sets `python` and `version`, or returns 1 with the reason in `found`.
+find_python() {
+  local candidate status
+  local -a candidates=(python3.11 python3 python3.12 python3.13)
+  [[ -z "${GDPO_PYTHON:-}" ]] || candidates=("$GDPO_PYTHON")
+  found=""
+  for candidate in "${candidates[@]}"; do
+    status=0
+    version="$(python_version "$candidate")" || status=$?
+    if ((status == 0)); then
+      python="$candidate"
+      return 0
+    fi
+    ((status != 3)) || found+="${found:+, }$candidate is $version"
+  done
+  found="${found:-${GDPO_PYTHON:-python3.11 and python3} cannot be run}"
+  return 1
+}
+
+# Debian and Ubuntu packages, where we may install them; otherwise returns 1.
+apt_install() {
+  [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null || return 1
+  say "installing system packages: $*"
+  logged env DEBIAN_FRONTEND=noninteractive apt-get update || true # an old list may do
+  logged env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
+}
+
+has_venv() { "$python" -c 'import ensurepip, venv' 2>/dev/null; }
+
+check_python() {
+  if ! find_python; then
+    if [[ -n "${GDPO_PYTHON:-}" ]] || ! apt_install python3.11 python3.11-venv || ! find_python; then
+      die 2 "Python 3.11 or newer is needed, but $found; install it (Debian/Ubuntu, as root:" \
+        "apt-get install python3.11 python3.11-venv) or set GDPO_PYTHON"
+    fi
+  fi
+  [[ "$version" == 3.11.* ]] || say "note: Python $version; only 3.11 has been shown to work"
+  # Debian splits off what `python -m venv` needs; without it venv dies halfway with a long text.
+  local package="python${version%.*}-venv"
+  if ! has_venv && { ! apt_install "$package" || ! has_venv; }; then
+    die 2 "Python $version ($python) has no venv module; install it (Debian/Ubuntu, as root:" \
+      "apt-get install $package)"
+  fi
+}
+
+check_space() {
+  local free_mb need_mb="$CPU_FREE_MB"
+  [[ "$1" == cpu ]] || need_mb="$CUDA_FREE_MB"
+  free_mb="$("$python" -c 'import shutil, sys
+print(shutil.disk_usage(sys.argv[1]).free // 10**6)' "$venv")"
+  ((free_mb >= need_mb)) ||
+    die 2 "the disk is full: $free_mb MB free at $venv, $need_mb MB needed; free some, or set" \
+      "GDPO_VENV to a folder on another disk"
+}
+
+# Report a failed step: $1 says what was tried, its output why it failed.
+die_failed() {
+  local output reason
+  output="$(awk '/^[+] /{text = ""} {text = text $0 "\n"} END {printf "%s", text}' "$log" 2>&1)" ||
+    true
+  if grep -qiE 'no space left on device|errno 28|disk quota exceeded' <<<"$output" ||
+    ! { echo >>"$log"; } 2>/dev/null; then
+    die 2 "the disk became full while $1; free some space on the disks of $venv and" \
+      "${TMPDIR:-/tmp}, then run this again; log: $log"
+  fi
+  if grep -qE 'Retrying .*connection' <<<"$output"; then
+    reason="no connection to the package index"
+  else
+    reason="$(grep -iE '^(error|e): ' <<<"$output" | tail -n 1 | cut -c 1-300)" || true
+  fi
+  die 1 "failed while $1${reason:+ ($reason)}; log: $log"
+}
+
+make_venv() {
+  if [[ -x "$venv/bin/python" ]] && python_version "$venv/bin/python" >/dev/null &&
+    pip --version >/dev/null 2>&1; then
+    return
+  fi
+  # Half-made, or its interpreter is gone. What somebody else put there is never deleted.
+  if [[ -e "$made_here" ]]; then
+    find "$venv" -mindepth 1 -delete
+  elif [[ -n "$(find "$venv" -mindepth 1 -maxdepth 1 ! -name setup.log)" ]]; then
+    die 2 "$venv is not empty and not an environment with Python 3.11 or newer and pip; delete it" \
+      "or set GDPO_VENV to another folder"
+  fi
+  check_python
+  check_space "$1"
+  say "creating $venv with Python $version"
+  logged touch "$made_here" || die_failed "creating $venv"
+  logged "$python" -m venv "$venv" || die_failed "creating $venv with $python"
+}
+
+# "cpu" or "cuda", as the installed torch itself says; nothing when there is none.
+installed_torch() {
+  in_venv -c 'import torch
+print("cuda" if torch.version.cuda else "cpu")' 2>/dev/null || true
+}
+
+# The version that pip would take if it were asked now, e.g. 2.13.0+cpu. It reads the package's
+# metadata only.
+offered_torch() {
+  pip install --dry-run --ignore-installed --no-deps --quiet --report - "$1" 2>>"$log" |
+    in_venv -c 'import json, sys
+print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null || true
+}
+
+install_torch() {
+  local wanted="$1" requirement offered present
+  local -a index=()
+  requirement="$(in_venv -c 'import sys, tomllib
+with open(sys.argv[1], "rb") as file:
+    required = tomllib.load(file)["project"]["dependencies"]
+print(next(line for line in required if line.startswith("torch==")))' "$repo/pyproject.toml")"
+  if [[ -n "${GDPO_TORCH_INDEX:-}" ]]; then
+    index=(--index-url "$GDPO_TORCH_INDEX")
+  else
+    offered="$(offered_torch "$requirement")"
+    if [[ "$wanted" == cpu && "$offered" != *+cpu ]]; then
+      index=(--index-url "$CPU_INDEX")
+    elif [[ "$wanted" == cuda && "$offered" == *+cpu ]]; then
+      die 2 "GDPO_TORCH=cuda, but pip offers torch $offered, a CPU build; set GDPO_TORCH_INDEX to" \
+        "an index with CUDA builds"
+    fi
+  fi
+  present="$(installed_torch)"
+  if [[ -n "$present" && "$present" != "$wanted" ]]; then
+    say "replacing the $present build of torch"
+    logged pip uninstall -y torch || die_failed "removing the $present build of torch"
+  fi
+  say "installing $requirement, $wanted build (log: $log)"
+  logged pip install ${index[@]+"${index[@]}"} "$requirement" ||
+    die_failed "installing $requirement from ${index[1]:-the configured package index}"
+}
+
+check_torch() {
+  local present
+  present="$(installed_torch)"
+  [[ "$present" == "$1" ]] ||
+    die 1 "torch should be the $1 build and is ${present:-not importable}; delete $venv and set" \
+      "GDPO_TORCH_INDEX to an index with $1 builds; log: $log"
+}
+
+# One set-up of one environment at a time; the lock goes when this process does.
+lock_venv() {
+  command -v flock >/dev/null || return 0
+  exec 9<"$venv"
+  flock --nonblock 9 || {
+    say "another set-up of $venv is running, waiting for it"
+    flock 9
+  }
+}
+
+main() {
+  local torch="${GDPO_TORCH:-}" problem
+  check_arguments "$@"
+  if is_ready; then
+    return
+  fi
+  problem="$(mkdir -p -- "$venv" 2>&1)" || die 2 "cannot create the environment: $problem"
+  [[ -w "$venv" ]] || die 2 "cannot write to $venv; set GDPO_VENV to another folder"
+  lock_venv
+  if is_ready; then # another set-up has just finished
+    return
+  fi
+  [[ -n "$torch" || ! -f "$stamp" ]] || read -r torch _ <"$stamp" || true
+  if [[ -z "$torch" ]]; then
+    torch=cpu
+    ! command -v nvidia-smi >/dev/null ||
+      say "note: this machine seems to have a GPU; GDPO_TORCH=cuda takes the CUDA build of torch"
+  fi
+
+  : 2>/dev/null >"$log" || true
+  make_venv "$torch"
+  rm -f -- "$venv"/.gdpo-setup-*
+  # An old pip would download the whole wheel to answer what it would install.
+  logged pip install --upgrade pip || die_failed "updating pip"
+  install_torch "$torch"
+  say "installing gdpo-megatron[$extras] (log: $log)"
+  logged pip install --editable "${repo}[$extras]" || die_failed "installing gdpo-megatron[$extras]"
+  check_torch "$torch"
+
+  write_stamp "$torch" test
+  [[ "$extras" == test ]] || write_stamp "$torch" dev # dev includes test
+  say "ready after $SECONDS s"
+}
+
+main "$@"
