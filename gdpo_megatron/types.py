@@ -91,6 +91,10 @@ class RewardMatrix:
         names, values, valid, group_ids = self.names, self.values, self.valid, self.group_ids
         if len(set(names)) != len(names):
             raise ValueError(f"RewardMatrix.names holds a name twice: {names}")
+        for field_name in ("values", "valid", "group_ids"):
+            if not isinstance(getattr(self, field_name), Tensor):
+                given = type(getattr(self, field_name)).__name__
+                raise ValueError(f"RewardMatrix.{field_name} must be a tensor, got {given}")
         if values.ndim != 2 or values.shape[1] != len(names):
             raise ValueError(
                 f"RewardMatrix.values must be [B, {len(names)}] for names {names}, "
@@ -119,9 +123,17 @@ class AdvantageBatch:
         per_reward: [B, K] group-normalised, unweighted.
         combined: [B] weighted sum of `per_reward`, before the batch stage.
         stats: named scalars of the stage, for logging.
+        loss_rows: [B] bool; False where a row has no score at all or the estimator dropped it, and
+            the loss must leave it out. Not given means all rows.
     """
 
     advantages: Tensor
     per_reward: Tensor
     combined: Tensor
     stats: Mapping[str, float] = field(default_factory=dict[str, float])
+    loss_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))
+
+    def __post_init__(self) -> None:
+        if self.loss_rows.shape != self.advantages.shape:
+            rows = torch.ones_like(self.advantages, dtype=torch.bool)
+            object.__setattr__(self, "loss_rows", rows)
