@@ -7,8 +7,9 @@ of what is known about each published variant, and docs/algorithms.md says how t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import model_validator
 from pydantic_core import ArgsKwargs
@@ -21,6 +22,7 @@ from gdpo_megatron.config.section import (
     UnitFloat,
     section,
 )
+from gdpo_megatron.errors import InputError, did_you_mean
 
 PresetName = Literal["paper", "nvlabs_trl", "nvlabs_verl", "verl", "trl", "nemo_rl", "ms_swift"]
 
@@ -155,17 +157,17 @@ class AdvantageConfig:
     advantage_cap: PositiveFloat | None = None
     """Upper bound of |advantage| after the batch stage; null is off."""
 
-    gd2po: GD2POConfig = GD2POConfig()
+    gd2po: GD2POConfig = field(default_factory=GD2POConfig)
     """Options of estimator gd2po."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
-        given = data.kwargs if isinstance(data, ArgsKwargs) else data
-        if not isinstance(given, Mapping):
+        given: Any = data.kwargs if isinstance(data, ArgsKwargs) else data
+        if not isinstance(given, dict | None):
             return data
-        preset = PRESETS.get(str(given.get("preset", "paper")), {})
-        filled = {**preset, **(given or {})}
+        given = cast(dict[str, Any], given or {})
+        filled = {**PRESETS.get(given.get("preset", "paper"), {}), **given}
         if "batch_norm" not in given and filled.get("estimator") in _BATCH_NORM_OF:
             filled["batch_norm"] = _BATCH_NORM_OF[filled["estimator"]]
         return ArgsKwargs(data.args, filled) if isinstance(data, ArgsKwargs) else filled
@@ -194,7 +196,5 @@ class AdvantageConfig:
             InputError: no such preset.
         """
         if name not in PRESETS:
-            from gdpo_megatron.errors import InputError, did_you_mean
-
             raise InputError(f"no advantage preset '{name}'; {did_you_mean(name, PRESETS)}")
         return cls(preset=name, weights=weights, **overrides)  # pyright: ignore[reportArgumentType]

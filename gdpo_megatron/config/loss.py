@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -83,7 +84,7 @@ class LossConfig:
     """Weight of the KL to the reference in the loss; at 0 no reference is built."""
 
     kl_estimator: KLEstimator = "k3"
-    """Estimator of the per-token KL (Schulman): k1 unbiased, k2 squared, k3 positive, low variance."""
+    """Per-token KL (Schulman): k1 unbiased, k2 squared, k3 unbiased, positive, low variance."""
 
     kl_gradient: Literal["direct", "unbiased"] = "direct"
     """direct differentiates the estimator as it stands (k2: the KL's gradient on policy; k3: a
@@ -97,7 +98,7 @@ class LossConfig:
     """What the ratio's denominator is: the policy before the update, by a forward pass; the policy
     itself, so the ratio is 1 (one minibatch per step only); or the engine's own log-probs."""
 
-    mismatch: MismatchConfig = MismatchConfig()
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     """Correction for differences between engine and policy."""
 
     @model_validator(mode="after")
