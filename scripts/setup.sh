@@ -11,7 +11,7 @@
 #   GDPO_VENV         the environment's folder (default: .venv in the repository)
 #   GDPO_PYTHON       the interpreter to build it from (default: the first of python3.11, python3,
 #                     python3.12, python3.13 that is 3.11 or newer)
-#   GDPO_TORCH        cpu or cuda (default: what the environment has, cpu for a new one)
+#   GDPO_TORCH        cpu or cuda (default: what was asked for last time, at first cpu)
 #   GDPO_TORCH_INDEX  package index to take torch from
 #
 # Exit codes: 0 ready; 2 something here has to be put right first; 1 an install failed. Either way
@@ -23,6 +23,7 @@ readonly CPU_INDEX="https://download.pytorch.org/whl/cpu"
 # A new environment with the CPU build takes 1.7 GB, plus wheels while they are unpacked. With CUDA:
 # an estimate, never measured.
 readonly CPU_FREE_MB=3000 CUDA_FREE_MB=12000
+readonly FULL_MB=20 # with less than this left, a failure is put down to the disk
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -39,6 +40,7 @@ extras="${1:-test}"
 log="$venv/setup.log"
 stamp="$venv/.gdpo-setup-$extras"
 made_here="$venv/.gdpo-made-here"
+torch_asked="$venv/.gdpo-torch" # holds cpu or cuda
 unset PYTHONHOME PYTHONPATH # they would lend the environment packages that it does not have
 
 # Run a command with its output in the log; where even the log cannot be written, fail quietly:
@@ -69,13 +71,11 @@ PY
 }
 
 is_ready() {
-  local torch print
-  [[ -f "$stamp" ]] && read -r torch print <"$stamp" || return 1
-  [[ -z "${GDPO_TORCH:-}" || "$GDPO_TORCH" == "$torch" ]] || return 1
-  [[ "$print" == "$(fingerprint "$extras")" ]]
+  [[ -f "$stamp" && -f "$torch_asked" ]] || return 1
+  [[ -z "${GDPO_TORCH:-}" || "$GDPO_TORCH" == "$(<"$torch_asked")" ]] || return 1
+  local now
+  now="$(fingerprint "$extras")" && [[ -n "$now" && "$(<"$stamp")" == "$now" ]]
 }
-
-write_stamp() { printf '%s %s\n' "$1" "$(fingerprint "$2")" >"$venv/.gdpo-setup-$2"; }
 
 # The interpreter's version when it can be run and is new enough (status 0) or too old (status 3).
 python_version() {
@@ -129,13 +129,17 @@ check_python() {
   fi
 }
 
+free_mb() {
+  "${python:-$venv/bin/python}" -c 'import shutil, sys
+print(shutil.disk_usage(sys.argv[1]).free // 10**6)' "$venv"
+}
+
 check_space() {
-  local free_mb need_mb="$CPU_FREE_MB"
+  local free need_mb="$CPU_FREE_MB"
   [[ "$1" == cpu ]] || need_mb="$CUDA_FREE_MB"
-  free_mb="$("$python" -c 'import shutil, sys
-print(shutil.disk_usage(sys.argv[1]).free // 10**6)' "$venv")"
-  ((free_mb >= need_mb)) ||
-    die 2 "the disk is full: $free_mb MB free at $venv, $need_mb MB needed; free some, or set" \
+  free="$(free_mb)"
+  ((free >= need_mb)) ||
+    die 2 "not enough disk space: $free MB free at $venv, $need_mb MB needed; free some or set" \
       "GDPO_VENV to a folder on another disk"
 }
 
@@ -144,15 +148,15 @@ die_failed() {
   local output reason
   output="$(awk '/^[+] /{text = ""} {text = text $0 "\n"} END {printf "%s", text}' "$log" 2>&1)" ||
     true
+  # The venv module hides why its pip step failed, hence the look at the disk itself.
   if grep -qiE 'no space left on device|errno 28|disk quota exceeded' <<<"$output" ||
-    ! { echo >>"$log"; } 2>/dev/null; then
+    (($(free_mb 2>/dev/null || echo 0) < FULL_MB)); then
     die 2 "the disk became full while $1; free some space on the disks of $venv and" \
       "${TMPDIR:-/tmp}, then run this again; log: $log"
   fi
-  if grep -qE 'Retrying .*connection' <<<"$output"; then
-    reason="no connection to the package index"
-  else
-    reason="$(grep -iE '^(error|e): ' <<<"$output" | tail -n 1 | cut -c 1-300)" || true
+  reason="$(grep -iE '^(error|e): ' <<<"$output" | tail -n 1 | cut -c 1-300)" || true
+  if grep -q 'after connection broken by' <<<"$output"; then
+    reason="connections to the package index broke${reason:+; $reason}"
   fi
   die 1 "failed while $1${reason:+ ($reason)}; log: $log"
 }
@@ -190,24 +194,29 @@ offered_torch() {
 print(json.load(sys.stdin)["install"][0]["metadata"]["version"])' 2>/dev/null || true
 }
 
-install_torch() {
-  local wanted="$1" requirement offered present
-  local -a index=()
+# Sets `requirement`, as pyproject.toml has it, and `index`, where to take it from.
+choose_torch() {
+  local wanted="$1" offered
   requirement="$(in_venv -c 'import sys, tomllib
 with open(sys.argv[1], "rb") as file:
     required = tomllib.load(file)["project"]["dependencies"]
 print(next(line for line in required if line.startswith("torch==")))' "$repo/pyproject.toml")"
+  index=()
   if [[ -n "${GDPO_TORCH_INDEX:-}" ]]; then
     index=(--index-url "$GDPO_TORCH_INDEX")
-  else
-    offered="$(offered_torch "$requirement")"
-    if [[ "$wanted" == cpu && "$offered" != *+cpu ]]; then
-      index=(--index-url "$CPU_INDEX")
-    elif [[ "$wanted" == cuda && "$offered" == *+cpu ]]; then
-      die 2 "GDPO_TORCH=cuda, but pip offers torch $offered, a CPU build; set GDPO_TORCH_INDEX to" \
-        "an index with CUDA builds"
-    fi
+    return
   fi
+  offered="$(offered_torch "$requirement")"
+  if [[ "$wanted" == cpu && "$offered" != *+cpu ]]; then
+    index=(--index-url "$CPU_INDEX")
+  elif [[ "$wanted" == cuda && "$offered" == *+cpu ]]; then
+    die 2 "GDPO_TORCH=cuda, but pip offers torch $offered, a CPU build; set GDPO_TORCH_INDEX to" \
+      "an index with CUDA builds"
+  fi
+}
+
+install_torch() {
+  local wanted="$1" present
   present="$(installed_torch)"
   if [[ -n "$present" && "$present" != "$wanted" ]]; then
     say "replacing the $present build of torch"
@@ -248,7 +257,7 @@ main() {
   if is_ready; then # another set-up has just finished
     return
   fi
-  [[ -n "$torch" || ! -f "$stamp" ]] || read -r torch _ <"$stamp" || true
+  [[ -n "$torch" || ! -f "$torch_asked" ]] || torch="$(<"$torch_asked")"
   if [[ -z "$torch" ]]; then
     torch=cpu
     ! command -v nvidia-smi >/dev/null ||
@@ -257,16 +266,18 @@ main() {
 
   : 2>/dev/null >"$log" || true
   make_venv "$torch"
-  rm -f -- "$venv"/.gdpo-setup-*
   # An old pip would download the whole wheel to answer what it would install.
   logged pip install --upgrade pip || die_failed "updating pip"
+  choose_torch "$torch"
+  rm -f -- "$venv"/.gdpo-setup-* # from here on the environment changes
+  printf '%s\n' "$torch" >"$torch_asked"
   install_torch "$torch"
   say "installing gdpo-megatron[$extras] (log: $log)"
   logged pip install --editable "${repo}[$extras]" || die_failed "installing gdpo-megatron[$extras]"
   check_torch "$torch"
 
-  write_stamp "$torch" test
-  [[ "$extras" == test ]] || write_stamp "$torch" dev # dev includes test
+  fingerprint test >"$venv/.gdpo-setup-test"
+  [[ "$extras" == test ]] || fingerprint dev >"$stamp" # dev includes test
   say "ready after $SECONDS s"
 }
 

@@ -1,0 +1,659 @@
+"""The shell scripts, in a copy of the repository whose path has a space in it.
+
+What they call is replaced by small stubs on a PATH that holds nothing else, so that each failure
+can be caused at will and nothing is downloaded, installed or changed: no Python, a Python that is
+too old or has no venv module, an install that fails, a disk that is full. A few tests use the real
+interpreter. Not covered: that a real install works, which is what running the scripts shows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), REPO / ".ci/run"])
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TOOLS = (
+    "awk bash cat cp cut dirname env find flock grep id mkdir rm sed sleep tail touch".split()
+)  # what the scripts may use besides what they install
+
+# An interpreter that behaves as the STUB_* variables say. Its `-m venv` copies itself, its pip
+# remembers which build of torch it was asked for, everything else is done by the real interpreter.
+STUB_PYTHON = r"""#!/bin/bash
+echo "$*" >>"$STUB_CALLS"
+[[ "$1" != -I ]] || shift
+case "$1" in
+  -c)
+    case "$2" in
+      *version_info*)
+        echo "${STUB_VERSION:-3.11.2}"
+        [[ "${STUB_VERSION:-}" != 3.9* ]] || exit 3
+        exit ;;
+      *ensurepip*) [[ -e "$STUB_STATE/venv-module" ]]; exit ;;
+      *disk_usage*) echo "${STUB_FREE_MB:-99999}"; exit ;;
+      *"import torch"*) cat "${0%/*}/torch" 2>/dev/null; exit ;;
+    esac ;;
+  -m)
+    module="$2"
+    shift 2
+    case "$module" in
+      venv)
+        [[ "${STUB_FAIL:-}" != venv ]] || { echo "Error: it broke"; exit 1; }
+        mkdir -p "$1/bin" && cp "$0" "$1/bin/python" && touch "$1/pyvenv.cfg"
+        exit ;;
+      pytest)
+        printf 'stdin: %s\n' "$(cat)"
+        printf 'pytest'; printf ' <%s>' "$@"; printf '\n1 passed\n'
+        exit "${STUB_PYTEST_STATUS:-0}" ;;
+      pip)
+        while [[ "$1" == --* && "$1" != --version ]]; do shift; done
+        case "$*" in
+          *--dry-run*) echo '{"install": [{"metadata": {"version": "'"$STUB_OFFERED"'"}}]}' ;;
+          "uninstall -y torch") rm "${0%/*}/torch" ;;
+          install*torch==*)
+            [[ "${STUB_FAIL:-}" != torch ]] || { echo "$STUB_ERROR"; exit 1; }
+            torch=cuda
+            [[ "$*" != */cpu* ]] || torch=cpu
+            [[ "$*" == *--index-url* || "$STUB_OFFERED" != *+cpu ]] || torch=cpu
+            echo "${STUB_TORCH:-$torch}" >"${0%/*}/torch" ;;
+          install*--editable*)
+            sleep 0.3
+            [[ "${STUB_FAIL:-}" != package ]] || { echo "$STUB_ERROR"; exit 1; } ;;
+        esac
+        exit 0 ;;
+    esac ;;
+esac
+[[ "$1" != -I ]] || shift
+exec "$REAL_PYTHON" "$@"
+"""
+
+
+class Checkout:
+    """A copy of the scripts with a PATH of stubs; `run` starts one of them from another folder."""
+
+    def __init__(self, root: Path):
+        self.repo = root / "a repository"
+        self.bin = root / "bin"
+        self.elsewhere = root / "elsewhere"
+        self.venv = root / "an environment"
+        self.calls_file = root / "calls"
+        for folder in (self.repo, self.bin, self.elsewhere):
+            folder.mkdir()
+        shutil.copytree(REPO / "scripts", self.repo / "scripts")
+        shutil.copytree(REPO / ".ci", self.repo / ".ci")
+        shutil.copy(REPO / "pyproject.toml", self.repo)
+        for tool in TOOLS:
+            path = shutil.which(tool)
+            if path is not None:  # flock is not everywhere
+                (self.bin / tool).symlink_to(path)
+        self.stub(self.bin / "python3", STUB_PYTHON)
+        (root / "venv-module").touch()
+        self.env = {
+            "PATH": str(self.bin),
+            "HOME": str(root),
+            "GDPO_VENV": str(self.venv),
+            "REAL_PYTHON": sys.executable,
+            "STUB_CALLS": str(self.calls_file),
+            "STUB_STATE": str(root),
+            "STUB_OFFERED": "2.13.0+cpu",
+        }
+
+    def stub(self, path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def stub_venv_tool(self, name: str, body: str = "") -> None:
+        """A program in the environment that records how it is called."""
+        self.stub(
+            self.venv / "bin" / name, f'#!/bin/bash\necho "{name} $*" >>"$STUB_CALLS"\n{body}'
+        )
+
+    def run(
+        self, script: str, *args: str, stdin: int | None = subprocess.DEVNULL, **env: str
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self.repo / script), *args],
+            cwd=self.elsewhere,
+            env=self.env | env,
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def setup(self, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return self.run("scripts/setup.sh", *args, **env)
+
+    @property
+    def calls(self) -> list[str]:
+        return self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
+
+    def pip_calls(self) -> list[str]:
+        """What pip was asked, without its general options; reading calls are left out."""
+        found = [re.sub(r"^-I -m pip (--\S+ )*", "", c) for c in self.calls if "-m pip" in c]
+        return [c for c in found if "--dry-run" not in c and "--version" not in c and c[:2] != "-I"]
+
+    def forget_calls(self) -> None:
+        self.calls_file.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *parts: str) -> None:
+    """The script ended with `code` and one line on stderr that has all of `parts`."""
+    assert result.returncode == code, result
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+def assert_done(result: subprocess.CompletedProcess[str]) -> None:
+    assert (result.returncode, result.stderr) == (0, ""), result
+
+
+# ---- every script ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_stops_on_errors(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True, capture_output=True)
+    assert os.access(script, os.X_OK), f"{script} is not executable"
+    assert "\nset -euo pipefail\n" in script.read_text(), f"{script} goes on after an error"
+
+
+def find_shellcheck() -> str | None:
+    return shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or shutil.which(
+        "shellcheck"
+    )
+
+
+@pytest.mark.skipif(find_shellcheck() is None, reason="no shellcheck in the environment or on PATH")
+def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
+    shellcheck = str(find_shellcheck())
+    bad = tmp_path / "bad.sh"
+    bad.write_text("#!/bin/bash\nrm $1\n")  # unquoted: the check itself must be able to fail
+    assert subprocess.run([shellcheck, str(bad)], capture_output=True, check=False).returncode == 1
+    result = subprocess.run(
+        [shellcheck, *map(str, SCRIPTS)], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout
+
+
+# ---- setup.sh: it works, and a second call does nothing -----------------------------------------
+
+
+def test_first_call_installs_and_second_call_does_not_call_pip(checkout: Checkout) -> None:
+    first = checkout.setup()
+    assert_done(first)
+    assert checkout.pip_calls() == [
+        "install --upgrade pip",
+        "install torch==2.13.0",
+        f"install --editable {checkout.repo}[test]",
+    ]
+    assert first.stdout.splitlines()[0] == f"setup: creating {checkout.venv} with Python 3.11.2"
+
+    checkout.forget_calls()
+    second = checkout.setup()
+    assert_done(second)
+    assert second.stdout == ""
+    assert [call.split()[1] for call in checkout.calls] == [
+        "-"
+    ]  # the fingerprint, no pip, no torch
+
+
+def test_dev_includes_test_but_not_the_reverse(checkout: Checkout) -> None:
+    assert_done(checkout.setup("test"))
+    checkout.forget_calls()
+    assert_done(checkout.setup("dev"))
+    assert checkout.pip_calls()[-1] == f"install --editable {checkout.repo}[dev]"
+    assert not any("-m venv" in call for call in checkout.calls)
+    checkout.forget_calls()
+    assert_done(checkout.setup("test"))
+    assert checkout.pip_calls() == []
+
+
+def test_changed_requirements_are_installed(checkout: Checkout) -> None:
+    assert_done(checkout.setup())
+    checkout.forget_calls()
+    with (checkout.repo / "pyproject.toml").open("a") as file:
+        file.write("\n# changed\n")
+    assert_done(checkout.setup())
+    assert checkout.pip_calls()[-1] == f"install --editable {checkout.repo}[test]"
+
+
+def test_moved_repository_is_installed_again(checkout: Checkout) -> None:
+    """The environment points into the repository by absolute path."""
+    assert_done(checkout.setup())
+    checkout.forget_calls()
+    checkout.repo = checkout.repo.rename(checkout.repo.with_name("moved here"))
+    assert_done(checkout.setup())
+    assert checkout.pip_calls()[-1] == f"install --editable {checkout.repo}[test]"
+
+
+def test_environment_whose_interpreter_is_gone_is_made_again(checkout: Checkout) -> None:
+    assert_done(checkout.setup())
+    (checkout.venv / "bin/python").unlink()
+    (checkout.venv / "leftover").touch()
+    assert_done(checkout.setup())
+    assert (checkout.venv / "bin/python").exists()
+    assert not (checkout.venv / "leftover").exists()
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="no flock on this machine")
+def test_two_at_once_install_once(checkout: Checkout) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for result in pool.map(lambda _: checkout.setup(), range(2)):
+            assert_done(result)
+    assert sum("--editable" in call for call in checkout.pip_calls()) == 1
+
+
+def test_relative_environment_is_relative_to_the_caller(checkout: Checkout) -> None:
+    assert_done(checkout.setup(GDPO_VENV="an env"))
+    assert (checkout.elsewhere / "an env/bin/python").exists()
+
+
+# ---- setup.sh: which torch ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("offered", "variables", "expected"),
+    [
+        ("2.13.0+cpu", {}, "install torch==2.13.0"),
+        ("2.13.0", {}, f"install --index-url {CPU_INDEX} torch==2.13.0"),
+        (
+            "2.13.0",
+            {"GDPO_TORCH_INDEX": "file:///m/cpu"},
+            "install --index-url file:///m/cpu torch==2.13.0",
+        ),
+        ("2.13.0", {"GDPO_TORCH": "cuda"}, "install torch==2.13.0"),
+        (
+            "2.13.0+cpu",
+            {"GDPO_TORCH": "cuda", "GDPO_TORCH_INDEX": "file:///m/cu"},
+            "install --index-url file:///m/cu torch==2.13.0",
+        ),
+    ],
+)
+def test_where_torch_comes_from(
+    checkout: Checkout, offered: str, variables: dict[str, str], expected: str
+) -> None:
+    assert_done(checkout.setup(STUB_OFFERED=offered, **variables))
+    assert [call for call in checkout.pip_calls() if "torch==" in call] == [expected]
+    asked = variables.get("GDPO_TORCH", "cpu")
+    assert (checkout.venv / "bin/torch").read_text().strip() == asked
+
+
+def test_no_gpu_build_unless_asked_and_none_where_only_cpu_is_offered(checkout: Checkout) -> None:
+    assert_done(checkout.setup())
+    checkout.forget_calls()
+    refused = checkout.setup(GDPO_TORCH="cuda")
+    assert_one_line(refused, 2, "GDPO_TORCH=cuda", "2.13.0+cpu", "GDPO_TORCH_INDEX")
+    assert not any("torch==" in call for call in checkout.pip_calls())
+    checkout.forget_calls()
+    assert_done(checkout.setup())
+    assert checkout.pip_calls() == [], "a refused request must not cost the environment its stamp"
+
+
+def test_build_that_was_asked_for_is_kept_until_another_is(checkout: Checkout) -> None:
+    offered = "2.13.0"
+    assert_done(checkout.setup(GDPO_TORCH="cuda", STUB_OFFERED=offered))
+    checkout.forget_calls()
+    assert_done(checkout.setup("dev", STUB_OFFERED=offered))  # another install, same build
+    assert "uninstall -y torch" not in checkout.pip_calls()
+    assert (checkout.venv / "bin/torch").read_text() == "cuda\n"
+    checkout.forget_calls()
+    assert_done(checkout.setup("dev", GDPO_TORCH="cpu", STUB_OFFERED=offered))
+    assert checkout.pip_calls()[1:3] == [
+        "uninstall -y torch",
+        f"install --index-url {CPU_INDEX} torch==2.13.0",
+    ]
+
+
+def test_wrong_build_is_noticed(checkout: Checkout) -> None:
+    result = checkout.setup(STUB_TORCH="cuda")
+    assert_one_line(result, 1, "should be the cpu build and is cuda", "GDPO_TORCH_INDEX")
+    assert not list(checkout.venv.glob(".gdpo-setup-*"))
+
+
+# ---- setup.sh: each failure is one line ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "variables", "parts"),
+    [
+        (["all"], {}, ["unknown arguments 'all'", "choices: test, dev"]),
+        ([], {"GDPO_TORCH": "gpu"}, ["GDPO_TORCH is 'gpu'", "choices: cpu, cuda"]),
+    ],
+)
+def test_bad_request(
+    checkout: Checkout, args: list[str], variables: dict[str, str], parts: list[str]
+) -> None:
+    assert_one_line(checkout.setup(*args, **variables), 2, *parts)
+    assert not checkout.venv.exists()
+
+
+def test_python_too_old(checkout: Checkout) -> None:
+    result = checkout.setup(STUB_VERSION="3.9.2")
+    assert_one_line(result, 2, "3.11 or newer is needed", "python3 is 3.9.2", "python3.11-venv")
+
+
+def test_no_python(checkout: Checkout) -> None:
+    (checkout.bin / "python3").unlink()
+    assert_one_line(checkout.setup(), 2, "python3.11 and python3 cannot be run", "GDPO_PYTHON")
+
+
+def test_chosen_python_is_the_only_one_tried(checkout: Checkout) -> None:
+    result = checkout.setup(GDPO_PYTHON="/nowhere/python")
+    assert_one_line(result, 2, "/nowhere/python cannot be run")
+
+
+def test_newer_python_is_said_to_be_unshown(checkout: Checkout) -> None:
+    result = checkout.setup(STUB_VERSION="3.13.1")
+    assert_done(result)
+    assert "note: Python 3.13.1; only 3.11 has been shown to work" in result.stdout
+
+
+APT_GET = '#!/bin/bash\necho "apt-get $*" >>"$STUB_CALLS"\n'
+
+
+def test_missing_venv_module_is_named_to_a_user(checkout: Checkout, tmp_path: Path) -> None:
+    (tmp_path / "venv-module").unlink()
+    (checkout.bin / "id").unlink()
+    checkout.stub(checkout.bin / "id", "#!/bin/bash\necho 1000\n")
+    checkout.stub(checkout.bin / "apt-get", APT_GET)
+    result = checkout.setup()
+    assert_one_line(result, 2, "has no venv module", "apt-get install python3.11-venv")
+    assert not any(call.startswith("apt-get") for call in checkout.calls)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_missing_venv_module_is_installed_by_root(
+    checkout: Checkout, tmp_path: Path, works: bool
+) -> None:
+    (tmp_path / "venv-module").unlink()
+    (checkout.bin / "id").unlink()
+    checkout.stub(checkout.bin / "id", "#!/bin/bash\necho 0\n")
+    body = '[[ "$1" != install ]] || touch "$STUB_STATE/venv-module"' if works else "exit 100"
+    checkout.stub(checkout.bin / "apt-get", APT_GET + body)
+    result = checkout.setup()
+    if works:
+        assert_done(result)
+    else:
+        assert_one_line(result, 2, "has no venv module", "apt-get install python3.11-venv")
+    assert [call for call in checkout.calls if call.startswith("apt-get")] == [
+        "apt-get update",
+        "apt-get install -y --no-install-recommends python3.11-venv",
+    ]
+
+
+def test_venv_fails(checkout: Checkout) -> None:
+    result = checkout.setup(STUB_FAIL="venv")
+    log = checkout.venv / "setup.log"
+    assert_one_line(result, 1, f"failed while creating {checkout.venv}", "it broke", f"log: {log}")
+    assert_done(checkout.setup())  # what was left behind is not in the way
+
+
+@pytest.mark.parametrize("step", ["torch", "package"])
+def test_failed_install_is_one_line_and_is_tried_again(checkout: Checkout, step: str) -> None:
+    error = "ERROR: Not that one\nERROR: No matching distribution found for it"
+    result = checkout.setup(STUB_FAIL=step, STUB_ERROR=error)
+    log = checkout.venv / "setup.log"
+    assert_one_line(result, 1, "(ERROR: No matching distribution found for it)", f"log: {log}")
+    assert "ERROR: Not that one" in log.read_text()
+    checkout.forget_calls()
+    assert_done(checkout.setup())
+    assert checkout.pip_calls()[-1] == f"install --editable {checkout.repo}[test]"
+
+
+def test_broken_connection_is_named(checkout: Checkout) -> None:
+    error = (
+        "WARNING: Retrying (Retry(total=0)) after connection broken by 'x'\nERROR: No matching one"
+    )
+    result = checkout.setup(STUB_FAIL="torch", STUB_ERROR=error)
+    assert_one_line(result, 1, "connections to the package index broke; ERROR: No matching one")
+
+
+def test_disk_becomes_full(checkout: Checkout) -> None:
+    error = "ERROR: Could not install: [Errno 28] No space left on device"
+    result = checkout.setup(STUB_FAIL="package", STUB_ERROR=error)
+    assert_one_line(result, 2, "the disk became full while installing gdpo-megatron[test]")
+
+
+def test_too_little_space_to_begin(checkout: Checkout) -> None:
+    result = checkout.setup(STUB_FREE_MB="2999")
+    assert_one_line(result, 2, "not enough disk space: 2999 MB", "3000 MB needed", "GDPO_VENV")
+    assert not any("-m venv" in call for call in checkout.calls)
+
+
+def test_folder_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
+    checkout.venv.mkdir()
+    (checkout.venv / "thesis.tex").write_text("mine")
+    assert_one_line(checkout.setup(), 2, "is not empty", "GDPO_VENV")
+    assert (checkout.venv / "thesis.tex").read_text() == "mine"
+
+
+def test_environment_cannot_be_created(checkout: Checkout) -> None:
+    file = checkout.elsewhere / "file"
+    file.touch()
+    result = checkout.setup(GDPO_VENV=str(file / "env"))
+    assert_one_line(result, 2, "cannot create the environment", "Not a directory")
+
+
+# ---- setup.sh with the real interpreter ---------------------------------------------------------
+
+needs_ensurepip = pytest.mark.skipif(
+    importlib.util.find_spec("ensurepip") is None, reason="this Python has no venv module"
+)
+
+
+def real_python() -> str:
+    """The interpreter under the environment that the tests run in."""
+    return str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}")
+
+
+@needs_ensurepip
+def test_real_pip_without_an_index(checkout: Checkout) -> None:
+    result = checkout.setup(
+        GDPO_PYTHON=real_python(),
+        PIP_NO_INDEX="1",
+        PIP_CONFIG_FILE=os.devnull,
+    )
+    assert_one_line(
+        result, 1, f"installing torch==2.13.0 from {CPU_INDEX}", "ERROR: No matching distribution"
+    )
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "tiny disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a tiny disk, and not in every container")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@needs_ensurepip
+@pytest.mark.parametrize("noticed", ["before", "during"])
+def test_real_full_disk(checkout: Checkout, tiny_disk: Path, noticed: str) -> None:
+    if noticed == "during":  # as if something else took the space meanwhile
+        script = checkout.repo / "scripts/setup.sh"
+        text, changes = re.subn("CPU_FREE_MB=[0-9]+", "CPU_FREE_MB=0", script.read_text())
+        assert changes == 1
+        script.write_text(text)
+    result = checkout.setup(GDPO_PYTHON=real_python(), GDPO_VENV=str(tiny_disk / "env"))
+    expected = {"before": "not enough disk space: 1 MB free", "during": "the disk became full"}
+    assert_one_line(result, 2, expected[noticed])
+
+
+# ---- quickstart.sh ------------------------------------------------------------------------------
+
+
+def test_quickstart_sets_up_and_passes_its_arguments(checkout: Checkout) -> None:
+    program = checkout.repo / "examples/quickstart/quickstart.py"
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        "import os, sys; print(sys.argv[1:], os.environ['OMP_NUM_THREADS'], os.getcwd())"
+    )
+    result = checkout.run("scripts/quickstart.sh", "--help", "two words")
+    assert_done(result)
+    assert result.stdout.splitlines()[-1] == f"['--help', 'two words'] 1 {checkout.elsewhere}"
+    result = checkout.run("scripts/quickstart.sh", OMP_NUM_THREADS="2")
+    assert result.stdout == f"[] 2 {checkout.elsewhere}\n"  # nothing left to set up
+
+
+def test_quickstart_stops_when_set_up_fails(checkout: Checkout) -> None:
+    assert_one_line(checkout.run("scripts/quickstart.sh", STUB_VERSION="3.9.2"), 2, "3.9.2")
+
+
+# ---- test.sh and .ci/run ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ready_checkout(checkout: Checkout) -> Checkout:
+    """Set up, with linters that record their calls."""
+    assert_done(checkout.setup("dev"))
+    for tool in ("ruff", "pyright", "shellcheck"):
+        checkout.stub_venv_tool(tool, f'[[ "${{STUB_FAIL:-}}" != {tool} ]]')
+    checkout.forget_calls()
+    return checkout
+
+
+@pytest.mark.parametrize("script", ["scripts/test.sh", ".ci/run"])
+def test_all_sections_run_and_pytest_has_the_last_word(
+    ready_checkout: Checkout, script: str
+) -> None:
+    result = ready_checkout.run(script, CI="true")
+    assert_done(result)
+    venv = ready_checkout.venv
+    assert [c for c in ready_checkout.calls if c.split()[0] in ("ruff", "pyright")] == [
+        "ruff check .",
+        "ruff format --check .",
+        f"pyright --pythonpath {venv}/bin/python",
+    ]
+    shell = next(c for c in ready_checkout.calls if c.startswith("shellcheck"))
+    assert all(script.name in shell for script in SCRIPTS)
+    headings = re.findall(r"^=== \[ +\d+ s\] (.*) ===$", result.stdout, re.MULTILINE)
+    assert headings == [
+        "set-up",
+        "ruff check",
+        "ruff format",
+        "pyright",
+        "shellcheck",
+        "pytest, not full and not gpu",
+    ]
+    assert result.stdout.splitlines()[-2:] == ["pytest <-m> <not full and not gpu>", "1 passed"]
+
+
+def test_full_and_other_arguments(ready_checkout: Checkout) -> None:
+    result = ready_checkout.run("scripts/test.sh", "-k", "a b", "--full", "tests/unit")
+    assert_done(result)
+    assert "pytest <-m> <not gpu> <-k> <a b> <tests/unit>\n" in result.stdout
+
+
+def test_status_of_pytest_is_the_status(ready_checkout: Checkout) -> None:
+    assert ready_checkout.run("scripts/test.sh", STUB_PYTEST_STATUS="5").returncode == 5
+
+
+@pytest.mark.parametrize("tool", ["ruff", "pyright", "shellcheck"])
+def test_failing_linter_stops_with_one_line(ready_checkout: Checkout, tool: str) -> None:
+    result = ready_checkout.run("scripts/test.sh", STUB_FAIL=tool)
+    assert_one_line(result, 1, f"test: {tool}", "failed with status 1")
+    assert "pytest" not in result.stdout
+
+
+def test_absent_shellcheck_is_skipped_with_the_reason(ready_checkout: Checkout) -> None:
+    (ready_checkout.venv / "bin/shellcheck").unlink()
+    result = ready_checkout.run("scripts/test.sh")
+    assert_done(result)
+    assert "skipped: no shellcheck in" in result.stdout
+
+
+def test_stdin_is_not_waited_for(ready_checkout: Checkout) -> None:
+    """The stub of pytest reads its stdin to the end; a pipe that nobody closes would hold it."""
+    read_end, write_end = os.pipe()
+    try:
+        result = ready_checkout.run("scripts/test.sh", stdin=read_end)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    assert_done(result)
+
+
+def test_relative_environment_is_the_same_for_all_sections(checkout: Checkout) -> None:
+    checkout.env["GDPO_VENV"] = "env"
+    checkout.venv = checkout.elsewhere / "env"
+    assert_done(checkout.setup("dev"))
+    for tool in ("ruff", "pyright", "shellcheck"):
+        checkout.stub_venv_tool(tool)
+    checkout.forget_calls()
+    assert_done(checkout.run("scripts/test.sh"))
+    assert checkout.pip_calls() == []
+
+
+# ---- run_node.sh --------------------------------------------------------------------------------
+
+NODE = {"NPROC_PER_NODE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+CLI = '#!/bin/bash\nprintf "<%s>" "$@"\nexit 7\n'
+EXPECTED = (
+    "<train><--nproc><8><--nnodes><2><--node-rank><1><--rdzv-endpoint><node0:29500>"
+    "<my config.yaml><--optimizer.lr><1e-6>"
+)
+
+
+@pytest.mark.parametrize("where", ["environment", "PATH"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"NNODES": "2", "NODE_RANK": "1"},
+        {"SLURM_NNODES": "2", "SLURM_NODEID": "1"},
+        {"NNODES": "2", "NODE_RANK": "1", "SLURM_NNODES": "9", "SLURM_NODEID": "9"},
+    ],
+    ids=["torch", "slurm", "both"],
+)
+def test_run_node_maps_the_environment(
+    checkout: Checkout, place: dict[str, str], where: str
+) -> None:
+    folder = {"environment": checkout.venv / "bin", "PATH": checkout.bin}[where]
+    checkout.stub(folder / "gdpo-megatron", CLI)
+    arguments = ("train", "my config.yaml", "--optimizer.lr", "1e-6")
+    result = checkout.run("scripts/run_node.sh", *arguments, **NODE, **place)
+    assert (result.stdout, result.stderr, result.returncode) == (EXPECTED, "", 7)
+
+
+def test_run_node_names_all_that_is_missing(checkout: Checkout) -> None:
+    result = checkout.run("scripts/run_node.sh", "train", "config.yaml", MASTER_ADDR="node0")
+    assert_one_line(
+        result,
+        2,
+        "not set: NNODES (or SLURM_NNODES), NODE_RANK (or SLURM_NODEID), NPROC_PER_NODE, "
+        "MASTER_PORT",
+    )
+
+
+def test_run_node_without_a_command(checkout: Checkout) -> None:
+    assert_one_line(checkout.run("scripts/run_node.sh", **NODE), 2, "usage: run_node.sh train")
+
+
+def test_run_node_without_the_package(checkout: Checkout) -> None:
+    place = {"NNODES": "2", "NODE_RANK": "1"}
+    result = checkout.run("scripts/run_node.sh", "train", "c.yaml", **NODE, **place)
+    assert_one_line(result, 2, "gdpo-megatron is neither in", "scripts/setup.sh")
