@@ -62,14 +62,16 @@ def group_statistics(
         low, high = (torch.where(count > 0, bound, 0.0) for bound in (low, high))
     _check_degrees_of_freedom(count, groups, config.group_ddof, names)
 
-    deviation = values - groups.expand(low)
+    # One scratch buffer for all [B, K] temporaries: fresh memory costs more than the arithmetic.
+    scratch = groups.expand(low)
+    deviation = values - scratch
     if not all_valid:
         deviation.masked_fill_(~valid, 0.0)
     mean = groups.reduce(deviation, "sum") / count.clamp(min=1.0)
-    deviation -= groups.expand(mean)
+    deviation -= groups.expand(mean, out=scratch)
     if not all_valid:
         deviation.masked_fill_(~valid, 0.0)
-    square_sum = groups.reduce(deviation * deviation, "sum")
+    square_sum = groups.reduce(torch.mul(deviation, deviation, out=scratch), "sum")
 
     if config.constant_test == "max_equals_min":
         live = high - low > config.constant_atol

@@ -40,9 +40,9 @@ class Groups:
         # unsafe: sizes add up to B by construction; the check would cost a pass.
         return torch.segment_reduce(values, how, lengths=self.sizes, axis=0, unsafe=True)
 
-    def expand(self, per_group: Tensor) -> Tensor:
-        """Give each row its group's value: [P, ...] to [B, ...]."""
-        return per_group.index_select(0, self.index)
+    def expand(self, per_group: Tensor, out: Tensor | None = None) -> Tensor:
+        """Give each row its group's value: [P, ...] to [B, ...], into `out` if given."""
+        return torch.index_select(per_group, 0, self.index, out=out)
 
 
 def sort_into_groups(group_ids: Tensor) -> tuple[Groups, Tensor | None]:
