@@ -97,6 +97,7 @@ class Checkout:
             path = shutil.which(tool)
             if path is not None:  # flock is not everywhere
                 (self.bin / tool).symlink_to(path)
+        self.stdin = subprocess.DEVNULL
         self.stub(self.bin / "python3", STUB_PYTHON)
         (root / "venv-module").touch()
         self.env = {
@@ -120,14 +121,12 @@ class Checkout:
             self.venv / "bin" / name, f'#!/bin/bash\necho "{name} $*" >>"$STUB_CALLS"\n{body}'
         )
 
-    def run(
-        self, script: str, *args: str, stdin: int | None = subprocess.DEVNULL, **env: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *args: str, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(self.repo / script), *args],
             cwd=self.elsewhere,
             env=self.env | env,
-            stdin=stdin,
+            stdin=self.stdin,
             capture_output=True,
             text=True,
             timeout=120,
@@ -591,7 +590,8 @@ def test_stdin_is_not_waited_for(ready_checkout: Checkout) -> None:
     """The stub of pytest reads its stdin to the end; a pipe that nobody closes would hold it."""
     read_end, write_end = os.pipe()
     try:
-        result = ready_checkout.run("scripts/test.sh", stdin=read_end)
+        ready_checkout.stdin = read_end
+        result = ready_checkout.run("scripts/test.sh")
     finally:
         os.close(read_end)
         os.close(write_end)
