@@ -263,7 +263,7 @@ GOOD: list[tuple[Check, str, str]] = [
     (
         check_machine_paths,
         "cli.py",
-        f"'/home/user/x', '/home/somebody', '/usr/bin', '{REPO}-other', 'a{REPO}'",
+        f"'/home/user/x', '/usr/bin', '{REPO}-other', 'a{REPO}'",
     ),
 ]
 
