@@ -1,0 +1,201 @@
+"""Tool calling in the ToolRL format: is the answer well-formed, and are the calls right.
+
+Both follow the code released with the paper (NVlabs/GDPO, verl/utils/reward_score/rlla.py; verl has
+the same function) to the last bit, quirks included, without its switches by environment variables.
+With S_max = 1 + sum over gold calls (1 + number of parameters), the correctness is
+
+    6 * S / S_max - 3,  S = overlap of names + sum over matched calls (overlap of keys
+                                                                       + number of equal values)
+
+The quirks: an exact list of calls earns 3 at once, so there order matters and elsewhere it does
+not; gold calls are matched greedily, in their order; values compare as in Python (True == 1 == 1.0,
+"1" != 1); correctness does not look at the format.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
+
+from gdpo_megatron.rewards.base import (
+    NOT_APPLICABLE,
+    RewardResult,
+    RewardSample,
+    register_reward,
+)
+
+MAX_SCORE, MIN_SCORE = 3.0, -3.0
+
+# What is larger is answered without parsing, as a parse error: the reference would spend any time,
+# and stop at a nesting that depends on how deep the caller's own stack is.
+MAX_COMPLETION_CHARS = 1_000_000
+MAX_JSON_NESTING = 200
+
+# Key: (gold holds <tool_call>, gold holds <response>). Value: pattern, tags that occur just once.
+_FORMATS = {
+    (False, True): (r"^<think>.*?</think>\n<response>.*?</response>$", ("response",)),
+    (True, False): (r"^<think>.*?</think>\n<tool_call>\n.*?\n</tool_call>$", ("tool_call",)),
+    (True, True): (
+        r"^<think>.*?</think>\n<tool_call>\n.*?\n</tool_call>\n<response>.*?</response>$",
+        ("tool_call", "response"),
+    ),
+    (False, False): (r"^<think>.*?</think>$", ()),
+}
+
+# All that a prediction of the wrong form can raise on its way through the scoring.
+_WRONG_FORM = (ValueError, KeyError, TypeError, AttributeError)
+
+
+def format_reward(completion: str, ground_truth: str) -> float:
+    """1.0 if the completion has the tags that the ground truth has, in order and once; else 0.0."""
+    completion = completion.strip()
+    pattern, tags = _FORMATS["<tool_call>" in ground_truth, "<response>" in ground_truth]
+    # Counting first keeps the search linear: the lazy parts then have one place to end.
+    for tag in tags:
+        if completion.count(f"<{tag}>") != 1 or completion.count(f"</{tag}>") != 1:
+            return 0.0
+    return 1.0 if re.search(pattern, completion, re.DOTALL) else 0.0
+
+
+def correctness_reward(completion: str, ground_truth: str) -> float:
+    """Score the tool calls of a completion, in [-3, 3].
+
+    A ground truth without `<tool_call>` gives 0.0 for any completion. A completion whose calls are
+    missing or cannot be read (JSON, one object per line) gives -3.
+
+    Raises:
+        ValueError: the ground truth cannot be read; `validate_ground_truth` says so beforehand.
+    """
+    if "<tool_call>" not in ground_truth:
+        return 0.0
+    gold = _parse_gold(ground_truth)
+    if "<tool_call>" not in completion or "</tool_call>" not in completion:
+        return MIN_SCORE
+    if len(completion) > MAX_COMPLETION_CHARS:
+        return MIN_SCORE
+    try:
+        return _score_calls(gold, _parse_calls(completion))
+    except _WRONG_FORM:
+        return MIN_SCORE
+
+
+def validate_ground_truth(text: str) -> None:
+    """Check, when data is loaded, that a ground truth can be scored.
+
+    Raises:
+        ValueError: a tag without partner or twice, a call that is not JSON on one line or lacks
+            `name` or `parameters`, or no tag of the format at all.
+    """
+    for tag in ("tool_call", "response"):
+        num_open, num_close = text.count(f"<{tag}>"), text.count(f"</{tag}>")
+        if num_open != num_close or num_open > 1:
+            raise ValueError(
+                f"ground truth has <{tag}> {num_open} times and </{tag}> {num_close} times; "
+                f"each may occur once"
+            )
+        if num_open and text.index(f"<{tag}>") > text.index(f"</{tag}>"):
+            raise ValueError(f"ground truth has </{tag}> before <{tag}>")
+    if "<tool_call>" in text:
+        for number, call in enumerate(_parse_gold(text), 1):
+            if not isinstance(call, dict):
+                raise ValueError(f"ground truth, call {number}: not a JSON object")
+            fields = cast("dict[str, Any]", call)
+            if not isinstance(fields.get("name"), str):
+                raise ValueError(f"ground truth, call {number}: needs a string 'name'")
+            if not isinstance(fields.get("parameters"), dict):
+                raise ValueError(f"ground truth, call {number}: needs an object 'parameters'")
+    elif "<response>" not in text and not format_reward(text, text):
+        raise ValueError(
+            "ground truth holds neither <tool_call> nor <response> nor just a <think> block; "
+            "does data.answer_key name the right field?"
+        )
+
+
+def _parse_gold(ground_truth: str) -> list[Any]:
+    try:
+        return _parse_calls(ground_truth)
+    except ValueError as error:
+        raise ValueError(f"ground truth, {error}") from error
+
+
+def _parse_calls(text: str) -> list[Any]:
+    # A second opening tag ends the block as well, as in the reference.
+    block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
+    calls: list[Any] = []
+    for number, line in enumerate(block.split("\n"), 1):
+        if _nesting(line) > MAX_JSON_NESTING:
+            raise ValueError(f"call {number}: nested deeper than {MAX_JSON_NESTING}")
+        try:
+            calls.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"call {number} is not JSON on one line: {error}") from error
+    return calls
+
+
+def _nesting(text: str) -> int:
+    if text.count("[") + text.count("{") <= MAX_JSON_NESTING:
+        return 0  # cannot be too deep; saves the scan
+    depth = deepest = 0
+    in_string = False
+    for token in re.findall(r'\\.|["\[\]{}]', text, re.DOTALL):
+        if token == '"':
+            in_string = not in_string
+        elif not in_string and token in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif not in_string and token in "]}":
+            depth -= 1
+    return deepest
+
+
+def _multiset_jaccard(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
+    if first == second:  # two empty ones agree: the released code says 1
+        return 1.0
+    overlap = (Counter(first) & Counter(second)).total()
+    return overlap / (len(first) + len(second) - overlap)
+
+
+def _score_calls(gold: list[Any], predicted: list[Any]) -> float:
+    if gold == predicted:
+        return MAX_SCORE
+    score = _multiset_jaccard([call["name"] for call in gold], [call["name"] for call in predicted])
+    best_possible = 1.0
+    unused = dict(enumerate(predicted))
+    for call in gold:
+        parameters = call["parameters"]
+        best_possible += 1.0 + len(parameters)
+        best_score, best_index = 0.0, None
+        for index, candidate in unused.items():
+            if candidate["name"] != call["name"]:
+                continue
+            candidate_score = _score_parameters(parameters, candidate["parameters"])
+            if candidate_score > best_score:
+                best_score, best_index = candidate_score, index
+        if best_index is not None:
+            del unused[best_index]
+            score += best_score
+    return (MAX_SCORE - MIN_SCORE) * score / best_possible + MIN_SCORE
+
+
+def _score_parameters(gold: dict[str, Any], predicted: dict[str, Any]) -> float:
+    keys = _multiset_jaccard(list(gold.keys()), list(predicted.keys()))
+    return keys + sum(key in predicted and predicted[key] == gold[key] for key in gold)
+
+
+@register_reward("tool_call_format", check_answer=validate_ground_truth)
+def tool_call_format(sample: RewardSample) -> RewardResult:
+    """`format_reward` against the row's answer; does not apply to rows without one."""
+    if sample.answer is None:
+        return NOT_APPLICABLE
+    return format_reward(sample.completion, sample.answer)
+
+
+@register_reward("tool_call_correctness", check_answer=validate_ground_truth)
+def tool_call_correctness(sample: RewardSample) -> RewardResult:
+    """`correctness_reward` against the row's answer; does not apply to rows without one."""
+    if sample.answer is None:
+        return NOT_APPLICABLE
+    return correctness_reward(sample.completion, sample.answer)
