@@ -1,0 +1,380 @@
+"""Every metric, by name, with its definition; and where they are written.
+
+The table below is the only place that a metric is named and defined: a name that is not in it is
+refused, and docs/metrics.md is written from it by
+`python -m gdpo_megatron.observability.metrics > docs/metrics.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from gdpo_megatron.errors import InputError, did_you_mean
+from gdpo_megatron.observability.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+Combine = Literal["mean", "max", "sum", "last"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, or a family of them.
+
+    Args:
+        name: `group/what`; a part in braces stands for any word without "/".
+        unit: what 1.0 of it is.
+        combine: how the values of a step's minibatches become the value of the step.
+        definition: what it is, precisely enough to compute it again.
+    """
+
+    name: str
+    unit: str
+    combine: Combine
+    definition: str
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches the names that this metric covers."""
+        parts = re.split(r"\{\w+\}", self.name)
+        return re.compile("[^/]+".join(re.escape(part) for part in parts))
+
+
+# The reward of a rollout is "valid" when its function gave a score. All counts are global.
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "reward/{reward}/mean", "reward", "mean",
+        "Mean over the step's valid entries, after the condition (`when`), before the weight.",
+    ),
+    Metric(
+        "reward/{reward}/std", "reward", "mean",
+        "Standard deviation (n - 1) of the same entries.",
+    ),
+    Metric(
+        "reward/{reward}/raw_mean", "reward", "mean",
+        "Mean of the same entries before the condition; equal to `mean` without one.",
+    ),
+    Metric(
+        "reward/{reward}/min_share", "share", "mean",
+        "Share of the valid entries that equal the smallest one of this step.",
+    ),
+    Metric(
+        "reward/{reward}/max_share", "share", "mean",
+        "Share of the valid entries that equal the largest one; with `min_share` 1 as well, "
+        "the reward is constant and teaches nothing in this step.",
+    ),
+    Metric(
+        "reward/{reward}/invalid", "rollouts", "sum",
+        "Entries without a score because the reward function failed or refused.",
+    ),
+    Metric(
+        "reward/{reward}/not_applicable", "rollouts", "sum",
+        "Entries without a score because the reward does not concern the prompt.",
+    ),
+    Metric(
+        "completion/mean_tokens", "tokens", "mean",
+        "Mean length of the step's completions, stop token included.",
+    ),
+    Metric("completion/max_tokens", "tokens", "max", "Length of the longest completion."),
+    Metric(
+        "completion/stopped_share", "share", "mean",
+        "Share of completions that ended by themselves: a stop token or stop string.",
+    ),
+    Metric(
+        "completion/truncated_share", "share", "mean",
+        "Share of completions cut at rollout.max_completion_tokens.",
+    ),
+    Metric("rollout/num_tokens", "tokens", "sum", "Completion tokens made, over all engines."),
+    Metric(
+        "rollout/tokens_per_second", "tokens/s", "mean",
+        "rollout/num_tokens / time/rollout_seconds: all engines together, prompts not counted.",
+    ),
+    Metric(
+        "advantage/distinct_values", "values", "mean",
+        "Different advantages in the step, rounded to 6 decimals. The paper's measure: GDPO keeps "
+        "apart what the sum of rewards makes equal.",
+    ),
+    Metric("advantage/std", "1", "mean", "Standard deviation (n - 1) of the advantages."),
+    Metric("advantage/abs_mean", "1", "mean", "Mean absolute advantage."),
+    Metric(
+        "advantage/zero_share", "share", "mean",
+        "Share of rollouts with advantage exactly 0: they do not move the policy.",
+    ),
+    Metric("advantage/batch_mean", "1", "mean", "Mean subtracted by the batch stage (eq. 6)."),
+    Metric("advantage/batch_std", "1", "mean", "Std that the batch stage divides by (eq. 6)."),
+    Metric(
+        "advantage/batch_std_floor_active", "0 or 1", "mean",
+        "1 where advantage.batch_std_floor took the place of the std.",
+    ),
+    Metric(
+        "advantage/num_capped", "rollouts", "sum",
+        "Rollouts whose advantage advantage.advantage_cap cut.",
+    ),
+    Metric("advantage/num_rows", "rollouts", "sum", "Rollouts of the step."),
+    Metric("advantage/num_loss_rows", "rollouts", "sum", "Rollouts that count in the loss."),
+    Metric("advantage/num_groups", "groups", "sum", "Groups of the step."),
+    Metric(
+        "loss/total", "1", "mean",
+        "What is minimised: loss/policy + loss.kl_coef * loss/kl.",
+    ),
+    Metric(
+        "loss/policy", "1", "mean",
+        "Clipped surrogate, negative, per loss token of the minibatch over all ranks.",
+    ),
+    Metric(
+        "loss/kl", "nats", "mean",
+        "Estimate (loss.kl_estimator) of the KL of the policy to the reference, per loss token.",
+    ),
+    Metric(
+        "policy/ratio_mean", "1", "mean",
+        "Mean over loss tokens of exp(logprob - old_logprob); 1 before the first optimizer step.",
+    ),
+    Metric("policy/ratio_max", "1", "max", "Largest of those ratios."),
+    Metric(
+        "policy/clip_fraction", "share", "mean",
+        "Share of loss tokens whose gradient the clip removes.",
+    ),
+    Metric(
+        "policy/entropy", "nats", "mean",
+        "Mean over loss tokens of the entropy of the policy at the rollout's temperature.",
+    ),
+    Metric(
+        "policy/approx_kl", "nats", "mean",
+        "Mean over loss tokens of ratio - 1 - log(ratio): how far this step's updates have moved "
+        "the policy from the one that made the rollouts (k3).",
+    ),
+    Metric(
+        "policy/mismatch_kl", "nats", "mean",
+        "Mean over loss tokens of r - 1 - log(r), r = exp(old_logprob - rollout_logprob): trainer "
+        "and engine disagree about the same weights.",
+    ),
+    Metric(
+        "policy/mismatch_max", "nats", "max",
+        "Largest |old_logprob - rollout_logprob| of a loss token.",
+    ),
+    Metric("optimizer/lr", "1", "last", "Learning rate of the step's last optimizer step."),
+    Metric(
+        "optimizer/grad_norm", "1", "mean",
+        "Global L2 norm of the gradient before it is clipped.",
+    ),
+    Metric(
+        "optimizer/num_loss_tokens", "tokens", "sum",
+        "Unmasked completion tokens, the denominator of the loss, over all ranks.",
+    ),
+    Metric("sft/loss", "nats", "mean", "Cross-entropy per completion token."),
+    Metric(
+        "sft/tokens_per_second", "tokens/s", "mean",
+        "optimizer/num_loss_tokens / time/step_seconds.",
+    ),
+    Metric(
+        "eval/{reward}/mean", "reward", "last",
+        "Mean over the valid entries of the held-out completions.",
+    ),
+    Metric(
+        "eval/{reward}/standard_error", "reward", "last",
+        "Standard error of that mean, prompts taken as independent: the std (n - 1) of the "
+        "per-prompt means / sqrt(number of prompts).",
+    ),
+    Metric("eval/mean_tokens", "tokens", "last", "Mean length of the held-out completions."),
+    Metric(
+        "time/step_seconds", "s", "sum",
+        "Wall clock of the whole step on rank 0, with what no phase covers.",
+    ),
+    Metric(
+        "time/{phase}_seconds", "s", "sum",
+        "Wall clock of a phase on rank 0; that of a phase within it is counted in both.",
+    ),
+    Metric(
+        "run/policy_version", "optimizer steps", "last",
+        "Version of the weights that made the step's rollouts.",
+    ),
+    Metric("run/epoch", "epochs", "last", "Passes over data.train that were completed."),
+)  # fmt: skip
+
+_declared: dict[str, Metric] = {metric.name: metric for metric in METRICS}
+
+
+def declare_metric(name: str, unit: str, definition: str, combine: Combine = "mean") -> None:
+    """Add a metric, e.g. of an estimator of your own; see `Metric` for the arguments.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if name in _declared:
+        raise ValueError(f"metric '{name}' is already declared")
+    _declared[name] = Metric(name, unit, combine, definition)
+
+
+def find_metric(name: str) -> Metric:
+    """The declared metric that covers `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in _declared:
+        return _declared[name]
+    for metric in _declared.values():
+        if metric.pattern.fullmatch(name):
+            return metric
+    raise ValueError(f"metric '{name}' is not declared; {did_you_mean(name, _declared)}")
+
+
+# fsum raises on inf - inf, and max may hide a NaN.
+_COMBINE: Mapping[Combine, Callable[[Sequence[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "max": lambda values: math.nan if any(map(math.isnan, values)) else max(values),
+    "sum": sum,
+    "last": lambda values: values[-1],
+}
+
+
+def combine_minibatches(minibatches: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Make the metrics of a step's minibatches those of the step, as each metric declares.
+
+    A metric that some of them lack is combined over those that have it.
+    """
+    values: dict[str, list[float]] = {}
+    for minibatch in minibatches:
+        for name, value in minibatch.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: _COMBINE[find_metric(name).combine](them) for name, them in values.items()}
+
+
+class MetricsLogger:
+    """Writes <run_dir>/metrics.jsonl, one JSON object per step, and TensorBoard.
+
+    A value that is not finite is written as null: JSON knows no NaN, and a missing key would hide
+    that the metric was there.
+
+    Args:
+        run_dir: folder of the run.
+        tensorboard: also write <run_dir>/tensorboard.
+        enabled: False on all ranks but one; names are checked all the same.
+        start_step: the first step that will be logged. What an earlier attempt wrote from there on
+            is dropped, from both files.
+
+    Raises:
+        InputError: the metrics.jsonl that is there cannot be read.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, tensorboard: bool = True, enabled: bool = True, start_step: int = 0
+    ):
+        self._file = None
+        self._writer: SummaryWriter | None = None
+        self._last_step = start_step - 1
+        if not enabled:
+            return
+        path = run_dir / "metrics.jsonl"
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _drop_steps_from(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            # Takes a second to import, so only where it is used.
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write all metrics of a step.
+
+        Raises:
+            ValueError: a name is not declared, or the step is not later than the last one.
+        """
+        for name in values:
+            find_metric(name)
+        if step <= self._last_step:
+            raise ValueError(f"step {step} is logged after step {self._last_step}")
+        self._last_step = step
+        numbers = {name: float(value) for name, value in values.items()}
+        if self._file is not None:
+            finite = {name: it if math.isfinite(it) else None for name, it in numbers.items()}
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, global_step=step)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files; nothing may be logged after."""
+        if self._file is not None:
+            self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> MetricsLogger:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _drop_steps_from(path: Path, start_step: int) -> None:
+    """Keep the lines of earlier steps; a last line that a kill cut short goes too."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                continue
+            raise InputError(f"{path}:{number}: no metrics of a step; remove the line") from error
+        if step < start_step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    if kept != lines:
+        write_atomically(path, "".join(kept))
+
+
+def metrics_page() -> str:
+    """The text of docs/metrics.md."""
+    lines = [
+        "# Metrics",
+        "",
+        "A run writes them to `<run_dir>/metrics.jsonl`, one JSON object per step, and to",
+        "`<run_dir>/tensorboard` under the same names. A value that is not finite is `null` in the",
+        "JSON. When a run resumes, what it had written for the steps that it repeats is dropped.",
+        "",
+        "`step` says how the minibatches (optimizer steps) of a step make its value. Means over",
+        "tokens weigh every token alike within a minibatch. A share lies between 0 and 1.",
+        "",
+        "Metrics of your own estimators and losses: `declare_metric(name, unit, definition)` in",
+        "`gdpo_megatron.observability.metrics`. A name that nobody declared is refused.",
+        "",
+        "This page is written from the code by `python -m gdpo_megatron.observability.metrics`.",
+    ]
+    group = None
+    for metric in METRICS:
+        if metric.name.partition("/")[0] != group:
+            group = metric.name.partition("/")[0]
+            lines += [
+                "",
+                f"## {group}",
+                "",
+                "| metric | unit | step | definition |",
+                "|---|---|---|---|",
+            ]
+        definition = metric.definition.replace("|", r"\|")
+        lines.append(f"| `{metric.name}` | {metric.unit} | {metric.combine} | {definition} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(metrics_page(), end="")
