@@ -224,7 +224,7 @@ install_torch() {
   fi
   say "installing $requirement, $wanted build (log: $log)"
   logged pip install ${index[@]+"${index[@]}"} "$requirement" ||
-    die_failed "installing $requirement from ${index[1]:-pip's index} (GDPO_TORCH_INDEX sets another)"
+    die_failed "installing $requirement from ${index[1]:-the default index} (GDPO_TORCH_INDEX: another)"
 }
 
 check_torch() {
