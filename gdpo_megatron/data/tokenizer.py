@@ -1,0 +1,412 @@
+"""One `Tokenizer` over Hugging Face fast tokenizers and raw SentencePiece models.
+
+Encoding is the libraries' work. Decoding is ours and the same for both kinds: each token stands for
+a fixed string of bytes, a text is those bytes read as UTF-8. That makes decoding token by token
+(`IncrementalDecoder`, for stop strings) exact and constant in time, and `decode` its plain sum.
+It equals the libraries' decoding except where a model emits bytes that are no UTF-8: there the
+libraries disagree with each other, and one of them takes back characters it has already shown.
+
+`tokenizer.json` is taken as it is written. transformers' AutoTokenizer rebuilds some tokenizers
+from their class instead, and then differs from the file (the Llama class drops a leading space).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdpo_megatron.errors import InputError
+
+SPACE_SYMBOL = "\u2581"
+"""What SentencePiece writes for a space."""
+
+_PIECE_FILE = "tokenizer.model"
+_HF_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    _PIECE_FILE,
+)
+"""All that a Hugging Face tokenizer folder may consist of."""
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back.
+
+    Attributes:
+        path: the folder or file it was read from.
+        vocab_size: every id is below this; ids may be unused.
+        bos_token_id, eos_token_id: None where the tokenizer defines none.
+        special_token_ids: ids that are no text (begin, end, padding, unknown, chat markers).
+    """
+
+    path: Path
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_id: int | None
+    special_token_ids: frozenset[int]
+    _strips_first_space: bool
+    """Encoding puts a space before the text, so decoding takes one away."""
+
+    def __init__(self) -> None:
+        self._bytes_of: dict[int, bytes] = {}
+
+    @abstractmethod
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`.
+
+        Args:
+            text: any text; the empty one has no tokens but special ones.
+            add_special_tokens: add what the tokenizer's own configuration puts around a text,
+                for most models a begin token or nothing.
+        """
+
+    @abstractmethod
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of a conversation, up to where the assistant's turn begins.
+
+        Raises:
+            InputError: the tokenizer has no chat template, or its template refuses the messages.
+        """
+
+    @property
+    @abstractmethod
+    def has_chat_template(self) -> bool:
+        """Whether `apply_chat_template` can work."""
+
+    @abstractmethod
+    def save(self, folder: Path | str) -> None:
+        """Write the tokenizer files of a Hugging Face model folder; `folder` is created."""
+
+    @abstractmethod
+    def _make_token_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token stands for; of a special token the bytes of its name."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for.
+
+        An id without a token has no bytes: models pad their vocabulary, and such ids can be drawn.
+        """
+        data = self._bytes_of.get(token_id)
+        if data is None:
+            data = self._bytes_of[token_id] = self._make_token_bytes(token_id)
+        return data
+
+    def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD."""
+        skipped = self.special_token_ids if skip_special_tokens else ()
+        data = b"".join(self.token_bytes(i) for i in token_ids if i not in skipped)
+        if self._strips_first_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
+
+
+class IncrementalDecoder:
+    """Decodes one completion token by token.
+
+    The texts returned by `feed`, and at last by `flush`, add up to `Tokenizer.decode` of all
+    tokens. A character is returned with the token that completes it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._strip_next = tokenizer._strips_first_space
+
+    def feed(self, token_id: int) -> str:
+        """Return the text that this token completes; empty within a character."""
+        if token_id in self._skipped:
+            return ""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._strip_next and data:
+            data = data.removeprefix(b" ")
+            self._strip_next = False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """Return U+FFFD if the tokens ended within a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Load a tokenizer from local files; code that comes with a model is never run.
+
+    Args:
+        path: a Hugging Face folder (tokenizer.json, or vocab.json and merges.txt), a folder with a
+            SentencePiece tokenizer.model, or a .model file.
+
+    Raises:
+        InputError: nothing there, or nothing that is a tokenizer.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(path)
+        raise InputError(f"tokenizer {path}: neither a folder nor a SentencePiece .model file")
+    if not path.is_dir():
+        raise InputError(f"tokenizer {path}: no such folder or file")
+    if (path / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(path)
+    if (path / _PIECE_FILE).is_file():
+        return SentencePieceTokenizer(path / _PIECE_FILE)
+    if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+        return HuggingFaceTokenizer(path)
+    raise InputError(
+        f"tokenizer {path}: the folder has no tokenizer.json, no {_PIECE_FILE} and no "
+        "vocab.json with merges.txt"
+    )
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A fast tokenizer of transformers, from a folder."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        # transformers takes seconds to import; who needs no tokenizer should not wait for it.
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        self.path = path
+        has_file = (path / "tokenizer.json").is_file()
+        loader = PreTrainedTokenizerFast if has_file else AutoTokenizer
+        try:
+            self._hf: Any = loader.from_pretrained(
+                path, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:
+            raise InputError(f"tokenizer {path}: cannot be read: {_one_line(error)}") from error
+        if not self._hf.is_fast:
+            raise InputError(f"tokenizer {path}: no fast tokenizer, save it with a tokenizer.json")
+        self._backend = self._hf.backend_tokenizer
+        # A tokenizer.json may carry the padding and truncation of whoever wrote it.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        added = self._backend.get_added_tokens_decoder()
+        self._added = {i: token.content.encode() for i, token in added.items()}
+        self.special_token_ids = frozenset(
+            {i for i, token in added.items() if token.special} | set(self._hf.all_special_ids)
+        )
+        self.bos_token_id = self._hf.bos_token_id
+        self.eos_token_id = self._hf.eos_token_id
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._piece_bytes, self._strips_first_space = _read_decoder(path, self._backend.decoder)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._hf.chat_template is not None
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        if not self.has_chat_template:
+            raise _no_chat_template(self.path)
+        import jinja2
+
+        try:
+            return self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        except (jinja2.TemplateError, ValueError, TypeError) as error:
+            raise InputError(f"the chat template refuses it: {_one_line(error)}") from error
+
+    def save(self, folder: Path | str) -> None:
+        # A copy: written anew, the files would name another tokenizer class than the base model's.
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _HF_FILES:
+            source, target = self.path / name, folder / name
+            if source.is_file() and not (target.exists() and source.samefile(target)):
+                shutil.copyfile(source, target)
+
+    def _make_token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id]
+        piece = self._backend.id_to_token(token_id)
+        return b"" if piece is None else self._piece_bytes(piece)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file. Special tokens in a text are text to it."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        import sentencepiece
+
+        self.path = path
+        try:
+            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise InputError(
+                f"tokenizer {path}: no SentencePiece model: {_one_line(error)}"
+            ) from error
+        model = self._model
+        self.vocab_size = model.vocab_size()
+        self.bos_token_id = _id_or_none(model.bos_id())
+        self.eos_token_id = _id_or_none(model.eos_id())
+        self.special_token_ids = frozenset(
+            i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)
+        )
+        self._prefix: list[int] = []
+        if self.bos_token_id is not None and self._read_add_bos():
+            self._prefix = [self.bos_token_id]
+        probe = "".join(model.encode("a", out_type=str))
+        if probe.endswith(SPACE_SYMBOL):
+            raise InputError(f"tokenizer {path}: models with spaces at word ends are not supported")
+        self._strips_first_space = probe.startswith(SPACE_SYMBOL)
+
+    def _read_add_bos(self) -> bool:
+        # A .model file does not say whether texts begin with its begin token; the Hugging Face
+        # config beside it may. Without one, Llama's convention: they do.
+        config = self.path.parent / "tokenizer_config.json"
+        if not config.is_file():
+            return True
+        try:
+            return bool(json.loads(config.read_text(encoding="utf-8")).get("add_bos_token", True))
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"tokenizer {config}: no JSON object: {_one_line(error)}") from error
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._model.encode(text)
+        return self._prefix + ids if add_special_tokens else ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        return False
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        raise _no_chat_template(self.path)
+
+    def save(self, folder: Path | str) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        target = folder / _PIECE_FILE
+        if not (target.exists() and self.path.samefile(target)):
+            shutil.copyfile(self.path, target)
+        model = self._model
+        named = {
+            "bos_token": model.bos_id(),
+            "eos_token": model.eos_id(),
+            "unk_token": model.unk_id(),
+            "pad_token": model.pad_id(),
+        }
+        config = {
+            "tokenizer_class": "LlamaTokenizer",
+            **{name: model.id_to_piece(i) for name, i in named.items() if i >= 0},
+            "add_bos_token": bool(self._prefix),
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "legacy": True,
+        }
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=2) + "\n", encoding="utf-8"
+        )
+
+    def _make_token_bytes(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        piece = self._model.id_to_piece(token_id)
+        if self._model.is_byte(token_id):
+            return bytes.fromhex(piece[3:5])
+        return piece.replace(SPACE_SYMBOL, " ").encode()
+
+
+# --- What a piece of a Hugging Face vocabulary stands for -------------------------------------
+
+PieceBytes = Callable[[str], bytes]
+
+
+def _read_decoder(path: Path, decoder: Any) -> tuple[PieceBytes, bool]:
+    """Translate the decoder section of a tokenizer.json.
+
+    Returns:
+        The function from a piece to its bytes, and whether a text's first space is dropped.
+
+    Raises:
+        InputError: the decoder is of a kind whose pieces stand for no fixed bytes.
+    """
+    spec: dict[str, Any] = {"type": "none"}
+    if decoder is not None:
+        spec = json.loads(decoder.__getstate__())
+    steps: list[dict[str, Any]] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    replacements: list[tuple[str, str]] = []
+    byte_level = byte_fallback = strips_first_space = False
+    for step in steps:
+        kind = step["type"]
+        if kind == "ByteLevel":
+            byte_level = True
+        elif kind == "ByteFallback":
+            byte_fallback = True
+        elif kind == "Replace" and "String" in step["pattern"]:
+            replacements.append((step["pattern"]["String"], step["content"]))
+        elif kind == "Metaspace":
+            replacements.append((step["replacement"], " "))
+            strips_first_space = step.get("prepend_scheme", "always") != "never"
+        elif (kind, step.get("content"), step.get("start"), step.get("stop")) == _STRIP_FIRST_SPACE:
+            strips_first_space = True
+        elif kind != "Fuse":
+            raise InputError(
+                f"tokenizer {path}: decoder '{kind}' of tokenizer.json is not supported; "
+                "byte-level and SentencePiece-like ones are"
+            )
+
+    if byte_level:
+        return _byte_level_bytes, strips_first_space
+
+    def piece_bytes(piece: str) -> bytes:
+        if byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
+            return bytes.fromhex(match[1])
+        for old, new in replacements:
+            piece = piece.replace(old, new)
+        return piece.encode()
+
+    return piece_bytes, strips_first_space
+
+
+_STRIP_FIRST_SPACE = ("Strip", " ", 1, 0)
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    # GPT-2's table: the printable characters of Latin-1 stand for themselves, the other bytes, in
+    # order, for the characters from U+0100 on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_level_alphabet()
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
+    except KeyError:  # a marker that was put into the vocabulary as plain text
+        return piece.encode()
+
+
+def _no_chat_template(path: Path) -> InputError:
+    return InputError(
+        f"tokenizer {path} has no chat template; give prompts as strings without "
+        "data.system_prompt, or a tokenizer folder with a chat template"
+    )
+
+
+def _id_or_none(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
