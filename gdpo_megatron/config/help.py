@@ -1,6 +1,6 @@
 """The reference of all config keys, made from the schema: for `--help` and for the docs.
 
-`python -m gdpo_megatron.config.help > docs/configuration.md` writes the page anew.
+docs/configuration.md is written by `python tools/write_docs.py`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ gdpo-megatron train config.yaml --rewards.format.weight 0.5   # a reward, by its
   `1e-6` is a number. Unknown keys, keys given twice and values out of range are errors, all of them
   reported together.
 
-This page is written from the code by `python -m gdpo_megatron.config.help`.
+This page is written from the code by `python tools/write_docs.py`.
 """
 
 
@@ -125,7 +125,3 @@ def _default(key: Key) -> str:
     if isinstance(key.default, str) and re.fullmatch(r"[A-Za-z][\w.-]*", key.default):
         return f"default {key.default}"
     return f"default {show(key.default)}"
-
-
-if __name__ == "__main__":
-    print(configuration_page(), end="")

@@ -1,8 +1,8 @@
 """Every metric, by name, with its definition; and where they are written.
 
-The table below is the only place that a metric is named and defined: a name that is not in it is
-refused, and docs/metrics.md is written from it by
-`python -m gdpo_megatron.observability.metrics > docs/metrics.md`.
+A metric is defined in the table below or, where its owner keeps a table of its own, by
+`declare_metric`; a name that is in neither is refused. docs/metrics.md is written from them by
+`python tools/write_docs.py`.
 """
 
 from __future__ import annotations
@@ -123,57 +123,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("advantage/num_loss_rows", "rollouts", "sum", "Rollouts that count in the loss."),
     Metric("advantage/num_groups", "groups", "sum", "Groups of the step."),
     Metric(
-        "loss/total", "1", "mean",
-        "What is minimised: loss/policy + loss.kl_coef * loss/kl.",
-    ),
-    Metric(
-        "loss/policy", "1", "mean",
-        "Clipped surrogate, negative, per loss token of the minibatch over all ranks.",
-    ),
-    Metric(
-        "loss/kl", "nats", "mean",
-        "Estimate (loss.kl_estimator) of the KL of the policy to the reference, per loss token.",
-    ),
-    Metric(
-        "policy/ratio_mean", "1", "mean",
-        "Mean over loss tokens of exp(logprob - old_logprob); 1 before the first optimizer step.",
-    ),
-    Metric("policy/ratio_max", "1", "max", "Largest of those ratios."),
-    Metric(
-        "policy/clip_fraction", "share", "mean",
-        "Share of loss tokens whose gradient the clip removes.",
-    ),
-    Metric(
-        "policy/entropy", "nats", "mean",
-        "Mean over loss tokens of the entropy of the policy at the rollout's temperature.",
-    ),
-    Metric(
-        "policy/approx_kl", "nats", "mean",
-        "Mean over loss tokens of ratio - 1 - log(ratio): how far this step's updates have moved "
-        "the policy from the one that made the rollouts (k3).",
-    ),
-    Metric(
-        "policy/mismatch_kl", "nats", "mean",
-        "Mean over loss tokens of r - 1 - log(r), r = exp(old_logprob - rollout_logprob): trainer "
-        "and engine disagree about the same weights.",
-    ),
-    Metric(
-        "policy/mismatch_max", "nats", "max",
-        "Largest |old_logprob - rollout_logprob| of a loss token.",
+        "update/loss", "1", "mean",
+        "What is minimised, over all ranks: update/policy_loss + loss.kl_coef * update/kl.",
     ),
     Metric("optimizer/lr", "1", "last", "Learning rate of the step's last optimizer step."),
     Metric(
         "optimizer/grad_norm", "1", "mean",
         "Global L2 norm of the gradient before it is clipped.",
     ),
-    Metric(
-        "optimizer/num_loss_tokens", "tokens", "sum",
-        "Unmasked completion tokens, the denominator of the loss, over all ranks.",
-    ),
     Metric("sft/loss", "nats", "mean", "Cross-entropy per completion token."),
     Metric(
         "sft/tokens_per_second", "tokens/s", "mean",
-        "optimizer/num_loss_tokens / time/step_seconds.",
+        "Completion tokens learned from, over all ranks, / time/step_seconds.",
     ),
     Metric(
         "eval/{reward}/mean", "reward", "last",
@@ -344,7 +305,7 @@ def _drop_steps_from(path: Path, start_step: int) -> None:
 
 
 def metrics_page() -> str:
-    """The text of docs/metrics.md."""
+    """The text of docs/metrics.md: all that is declared at the time, the table's groups first."""
     lines = [
         "# Metrics",
         "",
@@ -358,23 +319,15 @@ def metrics_page() -> str:
         "Metrics of your own estimators and losses: `declare_metric(name, unit, definition)` in",
         "`gdpo_megatron.observability.metrics`. A name that nobody declared is refused.",
         "",
-        "This page is written from the code by `python -m gdpo_megatron.observability.metrics`.",
+        "This page is written from the code by `python tools/write_docs.py`.",
     ]
-    group = None
-    for metric in METRICS:
-        if metric.name.partition("/")[0] != group:
-            group = metric.name.partition("/")[0]
-            lines += [
-                "",
-                f"## {group}",
-                "",
-                "| metric | unit | step | definition |",
-                "|---|---|---|---|",
-            ]
-        definition = metric.definition.replace("|", r"\|")
-        lines.append(f"| `{metric.name}` | {metric.unit} | {metric.combine} | {definition} |")
+    groups: dict[str, list[Metric]] = {}
+    for metric in _declared.values():
+        groups.setdefault(metric.name.partition("/")[0], []).append(metric)
+    for group, metrics in groups.items():
+        header = "| metric | unit | step | definition |"
+        lines += ["", f"## {group}", "", header, "|---|---|---|---|"]
+        for metric in metrics:
+            definition = metric.definition.replace("|", r"\|")
+            lines.append(f"| `{metric.name}` | {metric.unit} | {metric.combine} | {definition} |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(metrics_page(), end="")

@@ -143,6 +143,4 @@ def test_the_list_of_keys_grows_only_on_purpose():
 
 def test_the_page_is_current():
     page = REPOSITORY / "docs" / "configuration.md"
-    assert page.read_text() == configuration_page(), (
-        "run: python -m gdpo_megatron.config.help > docs/configuration.md"
-    )
+    assert page.read_text() == configuration_page(), "run: python tools/write_docs.py"
