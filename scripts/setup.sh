@@ -161,22 +161,28 @@ die_failed() {
   die 1 "failed while $1${reason:+ ($reason)}; log: $log"
 }
 
+# Whether what is there can be installed into. The programs of an environment name its interpreter by
+# full path: one that was moved or copied is no use.
+venv_works() {
+  python_version "$venv/bin/python" >/dev/null && "$venv/bin/pip" --version >/dev/null 2>&1 &&
+    [[ ! -e "$made_here" || "$(<"$made_here")" == "$venv" ]]
+}
+
 make_venv() {
-  if [[ -x "$venv/bin/python" ]] && python_version "$venv/bin/python" >/dev/null &&
-    pip --version >/dev/null 2>&1; then
+  if venv_works; then
     return
   fi
-  # Half-made, or its interpreter is gone. What somebody else put there is never deleted.
+  # Half-made, moved, or its interpreter is gone. What somebody else put there is never deleted.
   if [[ -e "$made_here" ]]; then
     find "$venv" -mindepth 1 -delete
   elif [[ -n "$(find "$venv" -mindepth 1 -maxdepth 1 ! -name setup.log)" ]]; then
-    die 2 "$venv is not empty and not an environment with Python 3.11 or newer and pip; delete it" \
+    die 2 "$venv is not empty and not a working environment (Python 3.11 or newer, pip); delete it" \
       "or set GDPO_VENV to another folder"
   fi
   check_python
   check_space "$1"
   say "creating $venv with Python $version"
-  logged touch "$made_here" || die_failed "creating $venv"
+  { printf '%s\n' "$venv" >"$made_here"; } 2>/dev/null || die_failed "creating $venv"
   logged "$python" -m venv "$venv" || die_failed "creating $venv with $python"
 }
 

@@ -50,7 +50,7 @@ case "$1" in
     case "$module" in
       venv)
         [[ "${STUB_FAIL:-}" != venv ]] || { echo "Error: it broke"; exit 1; }
-        mkdir -p "$1/bin" && cp "$0" "$1/bin/python" && touch "$1/pyvenv.cfg"
+        mkdir -p "$1/bin" && cp "$0" "$1/bin/python" && cp "$0" "$1/bin/pip"
         exit ;;
       pytest)
         printf 'stdin: %s\n' "$(cat)"
@@ -253,6 +253,26 @@ def test_environment_whose_interpreter_is_gone_is_made_again(checkout: Checkout)
     assert_done(checkout.setup())
     assert (checkout.venv / "bin/python").exists()
     assert not (checkout.venv / "leftover").exists()
+
+
+def test_moved_environment_is_made_again(checkout: Checkout) -> None:
+    """Its programs name the interpreter by absolute path."""
+    assert_done(checkout.setup())
+    checkout.forget_calls()
+    moved = checkout.venv.rename(checkout.venv.with_name("moved here"))
+    assert_done(checkout.setup(GDPO_VENV=str(moved)))
+    assert any(call == f"-m venv {moved}" for call in checkout.calls)
+
+
+def test_environment_of_somebody_else_is_used_as_it_is(checkout: Checkout) -> None:
+    for name in ("python", "pip"):
+        checkout.stub(checkout.venv / "bin" / name, STUB_PYTHON)
+    assert_done(checkout.setup())
+    assert not any("-m venv" in call for call in checkout.calls)
+    assert len(checkout.pip_calls()) == 3
+    checkout.forget_calls()
+    assert_done(checkout.setup())
+    assert checkout.pip_calls() == []
 
 
 @pytest.mark.skipif(shutil.which("flock") is None, reason="no flock on this machine")
