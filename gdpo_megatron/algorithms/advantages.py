@@ -181,5 +181,5 @@ def _check_estimate(estimate: Estimate, values: Tensor, name: str) -> None:
         row = int((~torch.isfinite(estimate.combined)).nonzero()[0])
         raise InputError(
             f"advantage estimator '{name}' gives {estimate.combined[row].item()} for rewards "
-            f"{values[row].tolist()}; rewards beyond 1e150 overflow, scale them down"
+            f"{values[row].tolist()}; it must return finite numbers"
         )

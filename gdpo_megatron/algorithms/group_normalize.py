@@ -72,6 +72,7 @@ def group_statistics(
     if not all_valid:
         deviation.masked_fill_(~valid, 0.0)
     square_sum = groups.reduce(torch.mul(deviation, deviation, out=scratch), "sum")
+    _check_range(square_sum, groups, names)
 
     if config.constant_test == "max_equals_min":
         live = high - low > config.constant_atol
@@ -140,4 +141,14 @@ def _check_degrees_of_freedom(
             f"advantage.group_ddof is {ddof}, but group {int(groups.ids[group])} has "
             f"{int(count[group, reward])} valid entries of reward '{names[reward]}'; "
             "it must be smaller than that (1 is the unbiased std)"
+        )
+
+
+def _check_range(square_sum: Tensor, groups: Groups, names: tuple[str, ...]) -> None:
+    overflow = ~torch.isfinite(square_sum)
+    if bool(overflow.any()):
+        group, reward = (int(i) for i in overflow.nonzero()[0])
+        raise InputError(
+            f"reward '{names[reward]}' of group {int(groups.ids[group])} spreads so far that its "
+            "variance overflows; scale it down"
         )
