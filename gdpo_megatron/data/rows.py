@@ -70,17 +70,6 @@ def _also(lines: list[int]) -> str:
     return f" (also {named}{f' and {num_unnamed} more lines' if num_unnamed > 0 else ''})"
 
 
-def check_data_file(
-    config: DataConfig, path: str | Path, *, base_dir: Path | None = None, kind: RowKind = "rl"
-) -> None:
-    """Check a data file without a tokenizer: for the launcher, before anything is started.
-
-    Raises:
-        InputError: as `read_rows`.
-    """
-    read_rows(config, path, base_dir=base_dir, kind=kind)
-
-
 def read_rows(
     config: DataConfig, path: str | Path, *, base_dir: Path | None = None, kind: RowKind = "rl"
 ) -> list[DataRow]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import codecs
 import json
-import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gdpo_megatron.data.piece_bytes import read_decoder
 from gdpo_megatron.errors import InputError
 
 SPACE_SYMBOL = "\u2581"
@@ -199,7 +199,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_token_id = self._hf.bos_token_id
         self.eos_token_id = self._hf.eos_token_id
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._piece_bytes, self._strips_first_space = _read_decoder(path, self._backend.decoder)
+        self._piece_bytes, self._strips_first_space = read_decoder(path, self._backend.decoder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -321,80 +321,6 @@ class SentencePieceTokenizer(Tokenizer):
         if self._model.is_byte(token_id):
             return bytes.fromhex(piece[3:5])
         return piece.replace(SPACE_SYMBOL, " ").encode()
-
-
-# --- What a piece of a Hugging Face vocabulary stands for -------------------------------------
-
-PieceBytes = Callable[[str], bytes]
-
-
-def _read_decoder(path: Path, decoder: Any) -> tuple[PieceBytes, bool]:
-    """Translate the decoder section of a tokenizer.json.
-
-    Returns:
-        The function from a piece to its bytes, and whether a text's first space is dropped.
-
-    Raises:
-        InputError: the decoder is of a kind whose pieces stand for no fixed bytes.
-    """
-    spec: dict[str, Any] = {"type": "none"}
-    if decoder is not None:
-        spec = json.loads(decoder.__getstate__())
-    steps: list[dict[str, Any]] = spec["decoders"] if spec["type"] == "Sequence" else [spec]
-    replacements: list[tuple[str, str]] = []
-    byte_level = byte_fallback = strips_first_space = False
-    for step in steps:
-        kind = step["type"]
-        if kind == "ByteLevel":
-            byte_level = True
-        elif kind == "ByteFallback":
-            byte_fallback = True
-        elif kind == "Replace" and "String" in step["pattern"]:
-            replacements.append((step["pattern"]["String"], step["content"]))
-        elif kind == "Metaspace":
-            replacements.append((step["replacement"], " "))
-            strips_first_space = step.get("prepend_scheme", "always") != "never"
-        elif (kind, step.get("content"), step.get("start"), step.get("stop")) == _STRIP_FIRST_SPACE:
-            strips_first_space = True
-        elif kind != "Fuse":
-            raise InputError(
-                f"tokenizer {path}: decoder '{kind}' of tokenizer.json is not supported; "
-                "byte-level and SentencePiece-like ones are"
-            )
-
-    if byte_level:
-        return _byte_level_bytes, strips_first_space
-
-    def piece_bytes(piece: str) -> bytes:
-        if byte_fallback and (match := _BYTE_PIECE.fullmatch(piece)):
-            return bytes.fromhex(match[1])
-        for old, new in replacements:
-            piece = piece.replace(old, new)
-        return piece.encode()
-
-    return piece_bytes, strips_first_space
-
-
-_STRIP_FIRST_SPACE = ("Strip", " ", 1, 0)
-_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    # GPT-2's table: the printable characters of Latin-1 stand for themselves, the other bytes, in
-    # order, for the characters from U+0100 on.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
-
-
-def _byte_level_bytes(piece: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
-    except KeyError:  # a marker that was put into the vocabulary as plain text
-        return piece.encode()
 
 
 def _no_chat_template(path: Path) -> InputError:

@@ -13,7 +13,7 @@ import pytest
 
 from gdpo_megatron.config.schema import DataConfig
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
-from gdpo_megatron.data.rows import check_data_file
+from gdpo_megatron.data.rows import read_rows
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.errors import InputError
 
@@ -34,7 +34,7 @@ def problems(folder: Path, rows: list[Any], kind: Any = "rl", **options: Any) ->
     """The messages for a file, without its path."""
     name = write(folder, rows)
     with pytest.raises(InputError) as error:
-        check_data_file(DataConfig(train=name, **options), name, base_dir=folder, kind=kind)
+        read_rows(DataConfig(train=name, **options), name, base_dir=folder, kind=kind)
     return [problem.removeprefix(f"{folder / name}:") for problem in error.value.problems]
 
 
@@ -187,7 +187,7 @@ def test_at_most_twenty_problems(tmp_path: Path):
 def test_bytes_that_are_no_utf8(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_bytes(b'{"prompt": "\xff", "answer": ""}\n')
     with pytest.raises(InputError, match=r"rows\.jsonl:1: not UTF-8 \(byte 13 of the line\)"):
-        check_data_file(DataConfig(train="x"), tmp_path / "rows.jsonl")
+        read_rows(DataConfig(train="x"), tmp_path / "rows.jsonl")
 
 
 def test_template_problems(tmp_path: Path):
@@ -216,7 +216,7 @@ def test_files_that_are_none(tmp_path: Path):
 
     def problem(path: str) -> str:
         with pytest.raises(InputError) as error:
-            check_data_file(config, path, base_dir=tmp_path)
+            read_rows(config, path, base_dir=tmp_path)
         (line,) = error.value.problems
         return line
 
@@ -293,8 +293,8 @@ def test_sft_needs_an_end_token(tmp_path: Path, byte_level_folder: Path):
 
 def test_real_files(stories_folder: Path):
     data = stories_folder.parents[1] / "data"
-    check_data_file(DataConfig(train="x", prompt_key="question"), data / "gsm8k/train.jsonl")
+    read_rows(DataConfig(train="x", prompt_key="question"), data / "gsm8k/train.jsonl")
     tool_rl = DataConfig(train="x", answer_key="ground_truth")
-    check_data_file(tool_rl, data / "toolrl/train.jsonl")
+    read_rows(tool_rl, data / "toolrl/train.jsonl")
     nested = DataConfig(train="x", answer_key="reward_model")
-    check_data_file(nested, data / "toolrl/test.parquet")
+    read_rows(nested, data / "toolrl/test.parquet")

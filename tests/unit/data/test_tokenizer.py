@@ -66,7 +66,7 @@ def test_kinds_are_told_apart(stories: tuple[Tokenizer, Tokenizer], tmp_path: Pa
     assert isinstance(load_tokenizer(tmp_path), SentencePieceTokenizer)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=30))
 def test_stories_kinds_agree(stories: tuple[Tokenizer, Tokenizer], text: str):
     hf, pieces = stories
@@ -82,7 +82,7 @@ def test_texts_round_trip(tokenizer: Tokenizer, text: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data(), skip=st.booleans())
 def test_incremental_adds_up_to_decode(tokenizer: Tokenizer, data: st.DataObject, skip: bool):
     # Ids beyond the vocabulary stand for padding rows of a model's embedding.
@@ -98,7 +98,7 @@ def _library_decode(tokenizer: Any, ids: list[int], skip: bool) -> str:
     return tokenizer._model.decode(ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_decode_equals_the_library(tokenizer: Tokenizer, data: st.DataObject):
     """Random ids, whole range for byte-level; elsewhere without the 256 byte pieces (see below)."""
