@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdpo_megatron.data.tokenizer import (
+    SPACE_SYMBOL,
     HuggingFaceTokenizer,
     IncrementalDecoder,
     SentencePieceTokenizer,
@@ -71,10 +72,11 @@ def test_kinds_are_told_apart(stories: tuple[Tokenizer, Tokenizer], tmp_path: Pa
 def test_stories_kinds_agree(stories: tuple[Tokenizer, Tokenizer], text: str):
     hf, pieces = stories
     # The names of special tokens are special to one kind and text to the other; both are right.
-    if any(name in text for name in ("<s>", "</s>", "<unk>")) or "\0" in text:
+    if any(name in text for name in ("<s>", "</s>", "<unk>")):
         return
     assert hf.encode(text) == pieces.encode(text)
-    assert pieces.decode(pieces.encode(text)) == text
+    # SentencePiece's own sign for a space is a space to both.
+    assert pieces.decode(pieces.encode(text)) == text.replace(SPACE_SYMBOL, " ")
 
 
 @pytest.mark.parametrize("text", TEXTS)
