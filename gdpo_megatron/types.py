@@ -46,9 +46,7 @@ class Completion:
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
-            raise ValueError(
-                f"{len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs"
-            )
+            raise ValueError(f"{len(self.token_ids)} token_ids but {len(self.logprobs)} logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,6 +87,11 @@ def policy_loss_terms(
     )
     assert old is not None
     current = masked(logprobs, loss_mask)
+    if advantages.shape not in (loss_mask.shape, loss_mask.shape[:1]):
+        rows, length = loss_mask.shape
+        raise InputError(
+            f"advantages must be [{rows}] or [{rows}, {length}], got {tuple(advantages.shape)}"
+        )
     if advantages.ndim == 1:
         advantages = advantages[:, None].expand_as(current)
     advantages = masked(advantages, loss_mask).to(current.dtype)

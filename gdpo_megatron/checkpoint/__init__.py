@@ -1,0 +1,5 @@
+"""Saving and resuming runs."""
+
+from gdpo_megatron.checkpoint.manager import CheckpointManager
+
+__all__ = ["CheckpointManager"]

@@ -167,7 +167,7 @@ class AdvantageConfig:
         if not isinstance(given, dict | None):
             return data
         given = cast(dict[str, Any], given or {})
-        filled = {**PRESETS.get(given.get("preset", "paper"), {}), **given}
+        filled = {**PRESETS.get(str(given.get("preset", "paper")), {}), **given}
         if "batch_norm" not in given and filled.get("estimator") in _BATCH_NORM_OF:
             filled["batch_norm"] = _BATCH_NORM_OF[filled["estimator"]]
         return ArgsKwargs(data.args, filled) if isinstance(data, ArgsKwargs) else filled

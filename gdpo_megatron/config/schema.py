@@ -41,7 +41,10 @@ class ModelConfig:
 
 @section
 class ParallelConfig:
-    """Layout of the policy, by Megatron's names. What is left of the world is data parallel."""
+    """Layout of the policy, by Megatron's names.
+
+    What is left of the world is data parallel, with Megatron's distributed optimizer.
+    """
 
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share each layer."""
@@ -52,9 +55,6 @@ class ParallelConfig:
     pipeline_model_parallel_layout: str | None = None
     """Layers per stage in Megatron's notation, e.g. "Ettt|ttL" for 3 + 2 layers; null spreads them
     as evenly as possible, the longer stages first."""
-
-    use_distributed_optimizer: bool = True
-    """Shard the optimizer's state over the data-parallel ranks."""
 
 
 @section

@@ -1,0 +1,1 @@
+"""Rollout engines: base.py is the protocol, native/ the engine that decodes the policy's weights."""

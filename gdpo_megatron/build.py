@@ -1,0 +1,147 @@
+"""What train, sft, eval and generate have in common: a worker's parts, built in the right order.
+
+Megatron is imported only after the platform has prepared it, so this module and everything that
+imports Megatron is imported by the worker, never by the launcher.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gdpo_megatron.config.paths import resolve_path
+from gdpo_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from gdpo_megatron.conversion.architecture import ModelArchitecture, load_architecture
+from gdpo_megatron.conversion.hf_io import HFCheckpoint, RandomWeights, write_hf_folder
+from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from gdpo_megatron.distributed import mesh as meshes
+from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
+from gdpo_megatron.platform import Platform
+from gdpo_megatron.policy.model import MegatronModel, TensorReader
+from gdpo_megatron.rollout.base import RolloutEngine, engines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What every job starts from.
+
+    Args:
+        platform: the machine.
+        mesh: the trainer's mesh.
+        folder: the model's Hugging Face folder.
+        arch: its shape.
+        tokenizer: its tokenizer.
+    """
+
+    platform: Platform
+    mesh: Mesh
+    folder: Path
+    arch: ModelArchitecture
+    tokenizer: Tokenizer
+    model: ModelConfig
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+    seed: int
+
+    def reader(self) -> TensorReader:
+        """Where the initial weights come from."""
+        if self.model.init == "random":
+            return RandomWeights(self.arch, self.seed)
+        return HFCheckpoint(self.folder, self.arch)
+
+    def model_kwargs(self) -> dict[str, object]:
+        """Constructor arguments of MegatronModel besides `arch`."""
+        return {
+            "parallel": self.parallel,
+            "precision": self.precision,
+            "max_sequence_length": self.model.max_sequence_length,
+            "mesh": self.mesh,
+            "platform": self.platform,
+        }
+
+    def frozen_model(self) -> MegatronModel:
+        """A model with the initial weights that is never updated: the reference."""
+        model = MegatronModel(self.arch, **self.model_kwargs())  # pyright: ignore[reportArgumentType]
+        model.load_hf(self.reader())
+        model.module.eval().requires_grad_(False)
+        return model
+
+    def engine(
+        self, name: str, tensor_parallel_size: int, max_concurrent_sequences: int
+    ) -> tuple[RolloutEngine, EngineMesh]:
+        """A rollout engine over the same ranks; collective."""
+        engine_mesh = meshes.engine_mesh(self.mesh, tensor_parallel_size)
+        engine = engines.get(name)(
+            self.arch,
+            self.tokenizer,
+            mesh=engine_mesh,
+            platform=self.platform,
+            dtype=getattr(torch, self.precision.params_dtype),
+            max_sequence_length=self.model.max_sequence_length,
+            max_concurrent_sequences=max_concurrent_sequences,
+        )
+        return engine, engine_mesh
+
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: of the generation config, else of the tokenizer."""
+        return stop_token_ids(self.folder, self.tokenizer)
+
+    def export(self, model: MegatronModel, folder: Path) -> None:
+        """Write a Hugging Face folder; collective."""
+        tensors = model.hf_tensors()
+        if self.mesh.rank != 0:
+            for _ in tensors:
+                pass
+        else:
+            write_hf_folder(
+                folder,
+                tensors,
+                self.arch,
+                dtype=getattr(torch, self.precision.params_dtype),
+                source=self.folder,
+                save_tokenizer=self.tokenizer.save,
+            )
+        torch.distributed.barrier()
+
+
+def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end a completion of the model in `folder`.
+
+    generation_config.json speaks first: config.json of some models names another token.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        value = json.loads(path.read_text()).get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (value,)
+    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+
+
+def build_parts(
+    platform: Platform,
+    base_dir: Path,
+    *,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    seed: int,
+) -> Parts:
+    """Join the ranks and read what describes the model; collective."""
+    import gdpo_megatron.rollout.native  # noqa: F401  # registers the engine
+
+    folder = resolve_path(base_dir, model.hf_path)
+    tokenizer_path = resolve_path(base_dir, model.tokenizer_path or model.hf_path)
+    return Parts(
+        platform=platform,
+        mesh=meshes.initialize(parallel, platform),
+        folder=folder,
+        arch=load_architecture(folder),
+        tokenizer=load_tokenizer(tokenizer_path),
+        model=model,
+        parallel=parallel,
+        precision=precision,
+        seed=seed,
+    )

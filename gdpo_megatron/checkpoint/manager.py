@@ -1,0 +1,116 @@
+"""Checkpoints of a run: Megatron's distributed format plus what the loop needs to go on.
+
+    <run_dir>/checkpoints/step_00000050/   model, optimizer, schedule (any layout can load them)
+                          .../run.json     step, policy_version, sampler
+                          .../rng_00000.json   random state of each rank
+
+A checkpoint is written beside its place and renamed when every rank is done, so a folder that has
+the name is whole. The newest one is where a run goes on.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from gdpo_megatron.distributed.mesh import Mesh
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointManager:
+    """Saves and loads the checkpoints of one run folder.
+
+    Args:
+        run_dir: folder of the run.
+        keep_last: how many checkpoints stay.
+        mesh: the trainer's mesh.
+    """
+
+    def __init__(self, run_dir: Path, *, keep_last: int, mesh: Mesh):
+        self._folder = run_dir / "checkpoints"
+        self._keep_last, self._mesh = keep_last, mesh
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, oldest first."""
+        if not self._folder.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
+        return sorted(int(match.group(1)) for match in matches if match)
+
+    def save(self, step: int, policy: MegatronPolicy, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of `step`; collective.
+
+        Args:
+            step: steps that are done.
+            policy: what is saved.
+            state: JSON-able state of the loop, the same on all ranks.
+        """
+        final = self._folder / f"step_{step:08d}"
+        partial = final.with_suffix(".partial")
+        if self._mesh.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(policy.sharded_state_dict(loading=False), str(partial))
+        (partial / f"rng_{self._mesh.rank:05d}.json").write_text(json.dumps(_rng_state()))
+        dist.barrier()
+        if self._mesh.rank == 0:
+            run = {"step": step, "world_size": self._mesh.world_size, **state}
+            (partial / "run.json").write_text(json.dumps(run, indent=2))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in self.steps()[: -self._keep_last]:
+                shutil.rmtree(self._folder / f"step_{old:08d}")
+        dist.barrier()
+        return final
+
+    def load_latest(self, policy: MegatronPolicy) -> dict[str, Any] | None:
+        """Load the newest checkpoint into the policy; collective.
+
+        Returns:
+            The state given to `save`, with "step"; None where the run has no checkpoint yet.
+        """
+        steps = self.steps()
+        dist.barrier()  # all ranks have looked before anyone can write
+        if not steps:
+            return None
+        folder = self._folder / f"step_{steps[-1]:08d}"
+        loaded = dist_checkpointing.load(policy.sharded_state_dict(loading=True), str(folder))
+        policy.load_state_dict(loaded)
+        run = json.loads((folder / "run.json").read_text())
+        # Another world size has no state of its own per rank to go back to.
+        if run["world_size"] == self._mesh.world_size:
+            path = folder / f"rng_{self._mesh.rank:05d}.json"
+            _set_rng_state(json.loads(path.read_text()))
+        return run
+
+
+def _rng_state() -> dict[str, Any]:
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    raw = bytearray(base64.b64decode(state["torch"]))
+    torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -1,0 +1,170 @@
+"""The command line: `gdpo-megatron train|sft|eval CONFIG [--section.key value ...]`, `generate`.
+
+The launcher reads and validates everything, then starts the ranks. What is the user's to mend is
+printed one line per problem, exit code 2, and nothing has been written. Exit code 130 means
+interrupted and saved: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gdpo_megatron import __version__
+from gdpo_megatron.config.help import describe
+from gdpo_megatron.config.loader import load_config
+from gdpo_megatron.config.schema import RLConfig, SFTConfig
+from gdpo_megatron.errors import InputError
+
+_JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], str]] = {
+    "train": (RLConfig, "train with GDPO, or another estimator"),
+    "sft": (SFTConfig, "supervised fine-tuning"),
+    "eval": (RLConfig, "rewards of a model on held-out prompts"),
+}
+
+
+class _FullHelp(argparse.HelpFormatter):
+    """Keeps the config reference as it is laid out."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gdpo-megatron",
+        description="RL post-training with several rewards: GDPO on Megatron-Core.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, summary) in _JOBS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            usage=f"gdpo-megatron {name} CONFIG [--section.key value ...] [--nproc N]",
+            formatter_class=_FullHelp,
+            allow_abbrev=False,
+            add_help=False,
+        )
+        command.add_argument("--help", "-h", action="store_true", help="this, and every config key")
+        command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
+        command.add_argument("--nproc", type=_positive, default=1, help="ranks on this node (1)")
+        command.add_argument("--nnodes", type=_positive, default=1, help="nodes (1)")
+        command.add_argument("--node-rank", type=int, help="number of this node, from 0")
+        command.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of the first node")
+    _add_generate(commands)
+    return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "generate", help="text from a model", description="Complete prompts with a model."
+    )
+    command.add_argument("model", help="Hugging Face model folder, e.g. RUN_DIR/hf")
+    command.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    command.add_argument("--tokenizer", help="tokenizer folder or .model file (of the model)")
+    command.add_argument("--max-completion-tokens", type=_positive, default=128)
+    command.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
+    command.add_argument("--top-p", type=float, default=1.0)
+    command.add_argument("--top-k", type=int, default=0)
+    command.add_argument("--stop", action="append", default=[], help="string that ends; repeatable")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; ends the process."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        if options.command == "generate":
+            if rest:
+                parser.error(f"unknown arguments: {' '.join(rest)}")
+            sys.exit(_generate(options))
+        sys.exit(_run_job(options, rest))
+    except InputError as error:
+        for problem in error.problems:
+            print(f"gdpo-megatron: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _run_job(options: argparse.Namespace, overrides: list[str]) -> int:
+    from gdpo_megatron.launch import LaunchOptions, run
+
+    root, summary = _JOBS[options.command]
+    if options.help:
+        print(_job_help(options.command, summary, root))
+        return 0
+    if options.config is None:
+        raise InputError(f"{options.command} needs a config file; see --help")
+    path = Path(options.config)
+    if not path.is_file():
+        raise InputError(f"no config file {path}")
+    if options.nnodes > 1 and options.rdzv_endpoint is None:
+        raise InputError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT of the first node")
+    launch = LaunchOptions(
+        nproc=options.nproc,
+        nnodes=options.nnodes,
+        node_rank=options.node_rank,
+        rdzv_endpoint=options.rdzv_endpoint,
+    )
+    config = load_config(root, path, overrides)
+    from gdpo_megatron.run_folder import record_config
+    from gdpo_megatron.validate import validate
+
+    base_dir = path.resolve().parent
+    validate(options.command, config, base_dir, launch.world_size)
+    if options.command != "eval" and options.node_rank in (None, 0):
+        for line in record_config(config, base_dir):
+            print(line)
+    return run(launch, [options.command, str(path), *overrides])
+
+
+def _job_help(command: str, summary: str, root: type) -> str:
+    return (
+        f"usage: gdpo-megatron {command} CONFIG [--section.key value ...] [--nproc N]\n"
+        "         [--nnodes N --node-rank R --rdzv-endpoint HOST:PORT]\n\n"
+        f"{summary[0].upper()}{summary[1:]}. CONFIG is a YAML file of the keys below; each can be "
+        "given as an option\nas well, a reward by its name: --rewards.format.weight 0.5\n\n"
+        "  --nproc N                  ranks on this node (1)\n"
+        "  --nnodes N                 nodes (1)\n"
+        "  --node-rank R              number of this node, from 0\n"
+        "  --rdzv-endpoint HOST:PORT  of the first node\n\n"
+        f"{describe(root)}"
+    )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from gdpo_megatron.generate import generate_texts
+    from gdpo_megatron.rollout.base import SamplingParams
+
+    if not 0 < options.top_p <= 1 or options.top_k < 0 or options.temperature < 0:
+        raise InputError("--top-p must be in (0, 1], --top-k and --temperature not negative")
+    sampling = SamplingParams(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        max_completion_tokens=options.max_completion_tokens,
+        stop=tuple(options.stop),
+        stop_token_ids=(),
+    )
+    texts = generate_texts(
+        Path(options.model), options.prompt, sampling, options.seed, options.tokenizer
+    )
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        print(f"{prompt}{text}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

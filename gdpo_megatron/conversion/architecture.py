@@ -1,0 +1,140 @@
+"""A model's shape as Hugging Face's config.json gives it, checked once.
+
+Everything that builds or reads weights starts from a `ModelArchitecture`: the Megatron model, the
+native engine, the expected tensor names of a checkpoint. A family is a function from the config to
+this record plus a table of tensors (see mapping.py), registered under its `model_type`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdpo_megatron.errors import InputError
+from gdpo_megatron.registry import Registry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3RopeScaling:
+    """Frequency scaling of Llama 3.1 and later (transformers `_compute_llama3_parameters`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelArchitecture:
+    """Shape of a decoder-only transformer with RMSNorm, rotary positions and a gated MLP."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Llama3RopeScaling | None
+    tie_word_embeddings: bool
+    initializer_range: float
+
+    def padded_vocab_size(self, tensor_parallel_size: int) -> int:
+        """Rows of the embedding: the same for every TP size that divides 64."""
+        multiple = math.lcm(64, tensor_parallel_size)
+        return -(-self.vocab_size // multiple) * multiple
+
+    def inverse_frequencies(self) -> torch.Tensor:
+        """Rotary inverse frequencies, float32 [head_dim / 2], with the family's scaling applied."""
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        inv_freq = 1.0 / (self.rope_theta**exponents)
+        scaling = self.rope_scaling
+        if scaling is None:
+            return inv_freq
+        wavelength = 2 * math.pi / inv_freq
+        low = scaling.original_max_position_embeddings / scaling.low_freq_factor
+        high = scaling.original_max_position_embeddings / scaling.high_freq_factor
+        smooth = (
+            scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor
+        ) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+        scaled = torch.where(wavelength > low, inv_freq / scaling.factor, blended)
+        return torch.where(wavelength < high, inv_freq, scaled)
+
+
+ArchitectureFn = Callable[[Mapping[str, Any], str], ModelArchitecture]
+families: Registry[ArchitectureFn] = Registry("model family", "gdpo_megatron.families")
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a Hugging Face folder; InputError names what is missing."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise InputError(f"model.hf_path: no folder {folder}")
+    if not path.is_file():
+        raise InputError(f"model.hf_path: {folder} has no config.json")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+
+
+def load_architecture(folder: Path) -> ModelArchitecture:
+    """Architecture of a Hugging Face model folder.
+
+    Raises:
+        InputError: no config, an unknown family, or a feature that the family does not support.
+    """
+    import gdpo_megatron.conversion.families  # noqa: F401  # registers the built-in ones
+
+    config = read_hf_config(folder)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError(f"{folder / 'config.json'}: no model_type")
+    return families.get(model_type)(config, str(folder / "config.json"))
+
+
+class ConfigReader:
+    """Typed access to a config.json; collects nothing, raises at the first bad key."""
+
+    def __init__(self, config: Mapping[str, Any], source: str):
+        self.config = config
+        self.source = source
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InputError(f"{self.source}: '{key}' must be a number, got {value!r}")
+        return value
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
+        if not isinstance(value, int):
+            raise InputError(f"{self.source}: '{key}' must be an integer, got {value!r}")
+        return value
+
+    def refuse(self, key: str, allowed: Any, reason: str) -> None:
+        """Raise when `key` is set to anything but `allowed`."""
+        value = self.config.get(key, allowed)
+        if value != allowed:
+            raise InputError(f"{self.source}: '{key}' is {value!r}; {reason}")
+
+    def rope(self) -> tuple[float, Mapping[str, Any]]:
+        """Rotary base and scaling, from the old keys or from transformers 5's `rope_parameters`."""
+        parameters = self.config.get("rope_parameters") or {}
+        theta = parameters.get("rope_theta", self.config.get("rope_theta"))
+        if theta is None:
+            raise InputError(f"{self.source}: no 'rope_theta', at the top or in 'rope_parameters'")
+        scaling = parameters if parameters else self.config.get("rope_scaling") or {}
+        return float(theta), scaling

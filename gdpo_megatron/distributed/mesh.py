@@ -1,0 +1,123 @@
+"""Who works with whom: the trainer's mesh and the rollout engines' mesh over the same ranks.
+
+The trainer's mesh is Megatron's: TP x PP x DP. The engines' mesh cuts the same world into replicas
+of `engine_tp` neighbouring ranks, whatever the trainer's layout is; each replica generates a part
+of the step's prompts. Data crosses between the two by sample id (see exchange.py).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from gdpo_megatron.config.schema import ParallelConfig
+from gdpo_megatron.platform import Platform
+
+# A rank that dies takes its peers along within this time instead of leaving them waiting.
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """This rank's place in the trainer's mesh."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: ProcessGroup
+    pp_rank: int
+    pp_size: int
+    pp_group: ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: ProcessGroup
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes logits."""
+        return self.pp_rank == self.pp_size - 1
+
+    def trainer_ranks(self, dp_rank: int) -> list[int]:
+        """Global ranks that train on the rows of one data-parallel rank (Megatron's tp-dp-pp order)."""
+        tp, dp = self.tp_size, self.dp_size
+        return [pp * dp * tp + dp_rank * tp + t for pp in range(self.pp_size) for t in range(tp)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMesh:
+    """This rank's place among the rollout engines."""
+
+    replica: int
+    num_replicas: int
+    tp_rank: int
+    tp_size: int
+    tp_group: ProcessGroup | None
+    """None where an engine is one rank."""
+
+    def leader(self, replica: int) -> int:
+        """Global rank that speaks for a replica."""
+        return replica * self.tp_size
+
+
+def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
+    """Join the process group that torchrun describes and build Megatron's groups.
+
+    The caller has called `platform.prepare_megatron()`.
+    """
+    if not dist.is_initialized():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        platform.setup(local_rank)
+        dist.init_process_group(platform.backend, timeout=COLLECTIVE_TIMEOUT)
+    from megatron.core import parallel_state as ps
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not ps.model_parallel_is_initialized():
+        ps.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        )
+        # Megatron wants its tracker seeded; we have no dropout, so nothing is drawn from it.
+        model_parallel_cuda_manual_seed(0)
+    tp_group = ps.get_tensor_model_parallel_group()
+    pp_group = ps.get_pipeline_model_parallel_group()
+    dp_group = ps.get_data_parallel_group()
+    mesh = Mesh(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=tp_group.rank(),
+        tp_size=tp_group.size(),
+        tp_group=tp_group,
+        pp_rank=pp_group.rank(),
+        pp_size=pp_group.size(),
+        pp_group=pp_group,
+        dp_rank=dp_group.rank(),
+        dp_size=dp_group.size(),
+        dp_group=dp_group,
+    )
+    assert mesh.rank in mesh.trainer_ranks(mesh.dp_rank), "Megatron's rank order is not tp-dp-pp"
+    return mesh
+
+
+def engine_mesh(mesh: Mesh, tensor_parallel_size: int) -> EngineMesh:
+    """Cut the world into engine replicas; collective over all ranks."""
+    num_replicas = mesh.world_size // tensor_parallel_size
+    replica, tp_rank = divmod(mesh.rank, tensor_parallel_size)
+    own_group = None
+    if tensor_parallel_size > 1:
+        for index in range(num_replicas):
+            start = index * tensor_parallel_size
+            group = dist.new_group(list(range(start, start + tensor_parallel_size)))
+            if index == replica:
+                own_group = group
+    return EngineMesh(
+        replica=replica,
+        num_replicas=num_replicas,
+        tp_rank=tp_rank,
+        tp_size=tensor_parallel_size,
+        tp_group=own_group,
+    )

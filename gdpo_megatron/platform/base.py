@@ -1,0 +1,64 @@
+"""The machine under a run, behind one object.
+
+A `Platform` says where tensors live, how ranks talk, and what Megatron needs before it can be
+imported there. Everything above asks the platform; nothing above names a device or a backend.
+`detect_platform` picks the one that this machine has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+
+class Platform(Protocol):
+    """What the rest of the package may know of the machine."""
+
+    name: str
+    """For messages and logs."""
+
+    backend: str
+    """torch.distributed backend."""
+
+    device: torch.device
+    """Where this rank's tensors live; valid after `setup`."""
+
+    model_overrides: Mapping[str, Any]
+    """TransformerConfig fields that this platform dictates."""
+
+    def setup(self, local_rank: int) -> None:
+        """Choose this rank's device. Call once, before anything else of the platform."""
+        ...
+
+    def prepare_megatron(self) -> None:
+        """Make `megatron.core` importable here. Call before its first import.
+
+        Raises:
+            RuntimeError: it was imported already and would keep what must be replaced.
+        """
+        ...
+
+    def has_transformer_engine(self) -> bool:
+        """Whether the Transformer Engine layer spec can be used."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was queued."""
+        ...
+
+    def memory_stats(self) -> dict[str, float]:
+        """Peak memory of this process in bytes, by kind."""
+        ...
+
+
+def detect_platform() -> Platform:
+    """Return the platform of this machine: GPU where torch sees one, else CPU."""
+    if torch.cuda.is_available():
+        from gdpo_megatron.platform.cuda import CudaPlatform
+
+        return CudaPlatform()
+    from gdpo_megatron.platform.cpu import CpuPlatform
+
+    return CpuPlatform()

@@ -1,0 +1,53 @@
+"""CPUs over gloo: the laptop platform, and the one that CI trains on.
+
+Megatron-Core is the real one; megatron_cpu.py redirects what it asks of CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class CpuPlatform:
+    """One process per rank, one thread each unless OMP_NUM_THREADS says otherwise."""
+
+    name = "cpu"
+    backend = "gloo"
+    # Each of these selects a CUDA or apex kernel, or allocates on a GPU.
+    model_overrides: Mapping[str, Any] = {
+        "use_cpu_initialization": True,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        # gloo's send is asynchronous: freeing a stage's output would free what is being sent.
+        "deallocate_pipeline_outputs": False,
+    }
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def setup(self, local_rank: int) -> None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    def prepare_megatron(self) -> None:
+        from gdpo_megatron.platform import megatron_cpu
+
+        megatron_cpu.install()
+
+    def has_transformer_engine(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        """CPU operations are done when they return."""
+
+    def memory_stats(self) -> dict[str, float]:
+        # Linux reports ru_maxrss in KiB.
+        return {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}

@@ -1,0 +1,42 @@
+"""NVIDIA GPUs over NCCL. Megatron is at home here: nothing of it is touched."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class CudaPlatform:
+    """One GPU per rank."""
+
+    name = "cuda"
+    backend = "nccl"
+    model_overrides: Mapping[str, Any] = {}
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda")
+
+    def setup(self, local_rank: int) -> None:
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise RuntimeError(
+                f"local rank {local_rank} has no GPU: this node shows {count}; "
+                f"start at most {count} processes here"
+            )
+        torch.cuda.set_device(local_rank)
+        self.device = torch.device("cuda", local_rank)
+
+    def prepare_megatron(self) -> None:
+        """Megatron runs here as it is."""
+
+    def has_transformer_engine(self) -> bool:
+        return importlib.util.find_spec("transformer_engine") is not None
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def memory_stats(self) -> dict[str, float]:
+        return {"device_peak": float(torch.cuda.max_memory_allocated())}

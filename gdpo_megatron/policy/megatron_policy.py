@@ -1,0 +1,171 @@
+"""The policy: a MegatronModel that learns.
+
+An update is one optimizer step over one minibatch, cut into micro-batches that run through
+Megatron's schedule. The loss function gets log-probs and entropies and returns a sum that is
+already divided by the global denominator, so gradients are only ever added: over micro-batches,
+then over data-parallel ranks. No layout and no split can change what is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from torch import Tensor
+
+from gdpo_megatron.config import schema
+from gdpo_megatron.data.batching import MicroBatch
+from gdpo_megatron.policy.model import MegatronModel
+from gdpo_megatron.policy.optimizer import build_optimizer, build_scheduler, prepare_for_load
+
+
+class LossFn(Protocol):
+    """What an update minimises."""
+
+    sums: tuple[str, ...]
+    """Statistics that are summed over all micro-batches and ranks."""
+    maxima: tuple[str, ...]
+    """Statistics of which the largest is kept."""
+
+    def __call__(
+        self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss and statistics of one micro-batch.
+
+        Args:
+            logprobs: float32 [b, S] of the labels, at the run's temperature.
+            entropy: float32 [b, S], in nats.
+            batch: the micro-batch that they belong to.
+
+        Returns:
+            The micro-batch's part of the loss (scalar, divided by the global denominator) and its
+            statistics (scalars, detached).
+        """
+        ...
+
+
+class MegatronPolicy(MegatronModel):
+    """A trainable model with its optimizer and schedule.
+
+    Args:
+        optimizer: AdamW, clipping and schedule.
+        total_updates: optimizer steps of the whole run, for the schedule.
+        **model: see MegatronModel.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        optimizer: schema.OptimizerConfig,
+        total_updates: int,
+        make_reader: Callable[[], Any],
+        **model: Any,
+    ):
+        super().__init__(*args, **model)
+        # The optimizer copies its main weights from the model: they must be there first.
+        self.load_hf(make_reader())
+        self.ddp = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=False,
+            ),
+            self.module,
+        )
+        self.module = self.ddp
+        self.optimizer = build_optimizer(optimizer, self.ddp)
+        self.scheduler = build_scheduler(optimizer, self.optimizer, total_updates)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        # The denominator is the loss function's; Megatron's own division by tokens is left out.
+        self.config.finalize_model_grads_func = lambda model, _tokens, **kw: finalize_model_grads(
+            model, None, **kw
+        )
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, *, temperature: float
+    ) -> dict[str, float]:
+        """Take one optimizer step.
+
+        Args:
+            micro_batches: this data-parallel rank's part of the minibatch; at least one, a rank
+                without rows passes one of masked rows.
+            loss_fn: what to minimise.
+            temperature: of the log-probs.
+
+        Returns:
+            The loss function's statistics over the whole minibatch plus "grad_norm" (before
+            clipping) and "lr", equal on all ranks.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; the weights are left as they were.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+        def on_logits(
+            logits: Tensor, batch: MicroBatch
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logprobs, entropy = self.token_logprobs(logits, batch, temperature)
+            loss, stats = loss_fn(logprobs, entropy, batch)
+            return loss, torch.ones((), dtype=torch.int), dict(stats)
+
+        reported = self.run_schedule(micro_batches, on_logits, forward_only=False)
+        stats = self._reduce_stats(reported, loss_fn)
+        stats["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        _, grad_norm, _ = self.optimizer.step()
+        stats["grad_norm"] = float(grad_norm)
+        if not torch.isfinite(torch.tensor(stats["grad_norm"])):
+            raise FloatingPointError(
+                f"gradient norm is {stats['grad_norm']}; loss statistics: {stats}"
+            )
+        self.scheduler.step(1)
+        return stats
+
+    def _reduce_stats(
+        self, reported: Sequence[Mapping[str, Tensor]], loss_fn: LossFn
+    ) -> dict[str, float]:
+        """Add up over micro-batches and ranks; only one TP rank of each last stage speaks."""
+        sums = torch.zeros(len(loss_fn.sums), dtype=torch.float64)
+        maxima = torch.full((len(loss_fn.maxima),), float("-inf"), dtype=torch.float64)
+        if self.mesh.tp_rank == 0:
+            for stats in reported:
+                sums += torch.tensor([float(stats[name]) for name in loss_fn.sums]).double()
+                own = torch.tensor([float(stats[name]) for name in loss_fn.maxima]).double()
+                maxima = torch.maximum(maxima, own)
+        sums, maxima = sums.to(self.platform.device), maxima.to(self.platform.device)
+        dist.all_reduce(sums)
+        if loss_fn.maxima:
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+        return dict(zip(loss_fn.sums, sums.tolist(), strict=True)) | dict(
+            zip(loss_fn.maxima, maxima.tolist(), strict=True)
+        )
+
+    def sharded_state_dict(self, *, loading: bool) -> dict[str, Any]:
+        """Model, optimizer and schedule as Megatron's distributed checkpoint takes them."""
+        if loading:
+            prepare_for_load(self.optimizer)
+        model = self.gpt.sharded_state_dict()
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(
+                model,
+                is_loading=loading,
+                metadata={"distrib_optim_sharding_type": "fully_reshardable"},
+            ),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `sharded_state_dict` of a saved run held."""
+        self.gpt.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,108 @@
+"""Megatron's optimizer and learning rate schedule for the policy.
+
+AdamW comes from Transformer Engine or apex where they are installed, else from torch. torch keeps
+`step` per parameter where the other two keep it per group, and Megatron's distributed optimizer is
+written for those: `prepare_for_load` and `_carry_step` make up for the difference, so that a
+resumed run is exactly the run that was saved.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from gdpo_megatron.config import schema
+
+
+def build_optimizer(
+    config: schema.OptimizerConfig, model: DistributedDataParallel
+) -> MegatronOptimizer:
+    """AdamW with the distributed optimizer; biases and norms are not decayed (Megatron's rule)."""
+    bf16 = bool(model.config.bf16)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.betas[0],
+            adam_beta2=config.betas[1],
+            adam_eps=config.eps,
+            clip_grad=config.max_grad_norm,
+            bf16=bf16,
+            params_dtype=torch.bfloat16 if bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        ),
+        [model],
+        use_gloo_process_groups=False,
+    )
+    for part in _parts(optimizer):
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            _carry_step(part)
+    return optimizer
+
+
+def build_scheduler(
+    config: schema.OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int
+) -> OptimizerParamScheduler:
+    """Linear warmup to `lr`, then the schedule down to `min_lr` at `total_steps` optimizer steps."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(total_steps, config.warmup_steps + 1),
+        lr_decay_style=config.schedule,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+        # The run's config rules: a longer num_steps on resume stretches the schedule.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def prepare_for_load(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW the state that it would create at its first step, so it can be loaded."""
+    for part in _parts(optimizer):
+        if not isinstance(part.optimizer, torch.optim.AdamW):
+            continue
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not part.optimizer.state[parameter]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _parts(optimizer: Any) -> list[DistributedOptimizer]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _carry_step(optimizer: DistributedOptimizer) -> None:
+    """Keep torch AdamW's `step` when Megatron loads a parameter's state.
+
+    Megatron's `_set_main_param_and_optimizer_states` writes every key that the state has and is
+    handed a dict without `step`; and it has set one step tensor for all parameters, which would
+    then advance once per parameter.
+    """
+    original = type(optimizer)._set_main_param_and_optimizer_states
+
+    def carry(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+        state = self.optimizer.state[main_param]
+        state["step"] = state["step"].clone()
+        return original(self, model_param, {"step": state["step"], **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = types.MethodType(carry, optimizer)

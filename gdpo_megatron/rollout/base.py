@@ -1,0 +1,140 @@
+"""The rollout protocol: what a trainer asks of an engine, whatever the engine is.
+
+An engine holds a copy of the policy's weights under a version number. Requests go in, finished
+completions come out as they finish, so that rewards can start while the rest is generated. All
+ranks of one engine make the same calls with the same arguments in the same order.
+
+    engine.wake(); engine.load_weights(policy.hf_tensors(), version=3)
+    engine.submit(requests, sampling)
+    while engine.num_unfinished: completions += engine.poll()
+    engine.sleep()
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gdpo_megatron.registry import Registry
+from gdpo_megatron.types import Completion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn; see config.schema.SamplingConfig for the fields."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_completion_tokens: int
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """One completion that is wanted.
+
+    `request_id` is unique among unfinished requests. Requests with equal `prompt_token_ids` may
+    share their prefill. `noise_key` (see `noise_key`) fixes the sampling noise of every position.
+    """
+
+    request_id: int
+    prompt_token_ids: tuple[int, ...]
+    noise_key: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedCompletion:
+    """A completion, and the version of the weights that made it."""
+
+    request_id: int
+    completion: Completion
+    policy_version: int
+
+
+class RolloutEngine(Protocol):
+    """An engine that lives in the trainer's ranks."""
+
+    policy_version: int | None
+    """Version of the weights that are loaded; None before the first sync and while asleep."""
+
+    num_unfinished: int
+    """Requests that `poll` has not returned yet."""
+
+    def submit(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> None:
+        """Queue requests.
+
+        Raises:
+            RuntimeError: no weights are loaded.
+            ValueError: an id is in use, a prompt leaves no room, or unfinished requests were
+                submitted with other sampling parameters.
+        """
+        ...
+
+    def poll(self) -> list[FinishedCompletion]:
+        """Generate until at least one request finishes; [] when there is none left."""
+        ...
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End requests; `poll` returns them with finish_reason "abort" and what they have."""
+        ...
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take new weights.
+
+        Args:
+            tensors: (Hugging Face name, whole tensor) of every tensor of the model, in layer order;
+                each is copied before the next is drawn.
+            version: of the policy that they come from.
+
+        Raises:
+            RuntimeError: requests are unfinished, or the tensors are not exactly the model's.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back: caches and weights. `wake` and a sync must follow before `submit`."""
+        ...
+
+    def wake(self) -> None:
+        """Take the memory for weights again; a second call does nothing."""
+        ...
+
+
+def noise_key(seed: int, stream: str, step: int, prompt: int, sample: int) -> int:
+    """64-bit key of a completion's sampling noise.
+
+    It names the completion, not the place where it is made, so a run does not depend on how
+    prompts are spread over ranks and batches. `stream` keeps training and evaluation apart.
+    """
+    text = f"{seed}/{stream}/{step}/{prompt}/{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def generate(
+    engine: RolloutEngine,
+    requests: Sequence[RolloutRequest],
+    sampling: SamplingParams,
+    on_finished: Callable[[FinishedCompletion], None] | None = None,
+) -> list[FinishedCompletion]:
+    """Submit requests and wait for all; results in the order of the requests.
+
+    `on_finished` is called for each completion as soon as it is there.
+    """
+    engine.submit(requests, sampling)
+    done: dict[int, FinishedCompletion] = {}
+    while engine.num_unfinished:
+        for finished in engine.poll():
+            done[finished.request_id] = finished
+            if on_finished is not None:
+                on_finished(finished)
+    return [done[request.request_id] for request in requests]
+
+
+EngineFactory = Callable[..., RolloutEngine]
+engines: Registry[EngineFactory] = Registry("rollout engine", "gdpo_megatron.engines")

@@ -1,0 +1,180 @@
+"""The model's forward pass over a KV cache, written out: prefill of prompts, then single tokens.
+
+Row i of the cache belongs to row i of the batch. A row's cache holds its first `lengths[i]`
+positions; what lies beyond is finite and gets no weight. One key/value head serves n/g query heads: for a single
+new token these are laid out as the "sequence" of the attention call, so nothing is repeated.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from gdpo_megatron.rollout.native.weights import LayerWeights, NativeWeights
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split form; x [..., d], cos and sin broadcast to it."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class Decoder:
+    """Forward passes of one TP rank.
+
+    Args:
+        weights: this rank's weights.
+        max_length: longest sequence, in tokens.
+        group: the engine's TP group; None for one rank.
+    """
+
+    def __init__(self, weights: NativeWeights, max_length: int, group: ProcessGroup | None):
+        self.weights, self._group = weights, group
+        arch, device = weights.arch, weights.embedding.device
+        angles = torch.outer(
+            torch.arange(max_length, dtype=torch.float32), arch.inverse_frequencies()
+        ).repeat(1, 2)
+        dtype = weights.embedding.dtype
+        self._cos = angles.cos().to(device, dtype)
+        self._sin = angles.sin().to(device, dtype)
+        self._cache: Tensor | None = None
+
+    # ---- cache -------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> Tensor:
+        """[L, 2, rows, g, length, d]: keys and values of every layer."""
+        assert self._cache is not None, "reserve() comes first"
+        return self._cache
+
+    def reserve(self, rows: int, length: int, *, keep_rows: int) -> None:
+        """Make the cache at least this large; its first `keep_rows` rows keep what they hold."""
+        arch, weights, old = self.weights.arch, self.weights, self._cache
+        if old is not None:
+            if old.shape[2] >= rows and old.shape[4] >= length:
+                return
+            rows, length = max(rows, old.shape[2]), max(length, old.shape[4])
+        # Zeros: attention gives unused positions weight 0, and 0 times a stray NaN is NaN.
+        self._cache = torch.zeros(
+            (arch.num_layers, 2, rows, weights.num_groups, length, arch.head_dim),
+            dtype=weights.embedding.dtype,
+            device=weights.embedding.device,
+        )
+        if old is not None:
+            self._cache[:, :, :keep_rows, :, : old.shape[4]] = old[:, :, :keep_rows]
+
+    def move_rows(self, sources: list[int], targets: list[int]) -> None:
+        """Copy rows of the cache onto others."""
+        if sources:
+            self.cache[:, :, targets] = self.cache[:, :, sources]
+
+    # ---- forward -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, lengths: Tensor, prompts: Tensor, rows: Tensor) -> Tensor:
+        """Run prompts and fill the cache with them.
+
+        Args:
+            tokens: int64 [p, s], prompts padded on the right.
+            lengths: int64 [p], their lengths.
+            prompts: int64 [m], which prompt each new row starts from.
+            rows: int64 [m], the cache rows to fill.
+
+        Returns:
+            Logits after each prompt, float32 [p, V].
+        """
+        w, d = self.weights, self.weights.arch.head_dim
+        p, s = tokens.shape
+        cos, sin = self._cos[:s, None], self._sin[:s, None]
+        x = self._embed(tokens)
+        for index, layer in enumerate(w.layers):
+            qk, v = self._project(layer, x)
+            qk = _rotate(qk.view(p, s, -1, d), cos, sin).transpose(1, 2)
+            q, k = qk.split([w.num_heads, w.num_groups], 1)
+            v = v.view(p, s, -1, d).transpose(1, 2)
+            self.cache[index, 0, rows, :, :s] = k[prompts]
+            self.cache[index, 1, rows, :, :s] = v[prompts]
+            attended = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=w.num_heads != w.num_groups
+            )
+            x = self._finish_layer(layer, x, attended.transpose(1, 2).reshape(p, s, -1))
+        last = x[torch.arange(p, device=x.device), lengths - 1]
+        return self._logits(last)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, lengths: Tensor, longest: int) -> Tensor:
+        """Append one token to each of the first n rows.
+
+        Args:
+            tokens: int64 [n].
+            lengths: int64 [n], tokens that a row's cache holds already.
+            longest: largest of `lengths`, known to the caller without asking the device.
+
+        Returns:
+            Logits, float32 [n, V].
+        """
+        w, d = self.weights, self.weights.arch.head_dim
+        n, span = tokens.shape[0], longest + 1
+        cos, sin = self._cos[lengths].unsqueeze(1), self._sin[lengths].unsqueeze(1)
+        batch = torch.arange(n, device=tokens.device)
+        visible = torch.arange(span, device=tokens.device) <= lengths.unsqueeze(1)
+        mask = visible[:, None, None, :]
+        x = self._embed(tokens)
+        for index, layer in enumerate(w.layers):
+            qk, v = self._project(layer, x)
+            qk = _rotate(qk.view(n, -1, d), cos, sin)
+            q, k = qk.split([w.num_heads, w.num_groups], 1)
+            keys, values = self.cache[index]
+            keys[batch, :, lengths] = k
+            values[batch, :, lengths] = v.view(n, -1, d)
+            attended = F.scaled_dot_product_attention(
+                q.reshape(n, w.num_groups, -1, d),
+                keys[:n, :, :span],
+                values[:n, :, :span],
+                attn_mask=mask,
+            )
+            x = self._finish_layer(layer, x, attended.reshape(n, -1))
+        return self._logits(x)
+
+    def _project(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys together, and values, from a layer's input."""
+        w, d = self.weights, self.weights.arch.head_dim
+        normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, w.arch.rms_norm_eps)
+        qk, v = F.linear(normed, layer.qkv).split(
+            [(w.num_heads + w.num_groups) * d, w.num_groups * d], -1
+        )
+        return qk, v
+
+    def _finish_layer(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, residual, gated MLP, residual."""
+        x = x + self._all_reduce(F.linear(attended, layer.o))
+        normed = F.rms_norm(x, x.shape[-1:], layer.post_norm, self.weights.arch.rms_norm_eps)
+        gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
+        return x + self._all_reduce(F.linear(F.silu(gate).mul_(up), layer.down))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        w = self.weights
+        if self._group is None:
+            return F.embedding(tokens, w.embedding)
+        local = tokens - w.vocab_start
+        elsewhere = (local < 0) | (local >= w.vocab_rows)
+        found = F.embedding(local.masked_fill(elsewhere, 0), w.embedding)
+        return self._all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0.0))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        w = self.weights
+        normed = F.rms_norm(x, x.shape[-1:], w.final_norm, w.arch.rms_norm_eps)
+        logits = F.linear(normed, w.output).float()
+        if self._group is not None:
+            parts = [torch.empty_like(logits) for _ in range(self._group.size())]
+            dist.all_gather(parts, logits, group=self._group)
+            logits = torch.cat(parts, -1)
+        return logits[..., : w.arch.vocab_size]
+
+    def _all_reduce(self, x: Tensor) -> Tensor:
+        if self._group is not None:
+            dist.all_reduce(x, group=self._group)
+        return x

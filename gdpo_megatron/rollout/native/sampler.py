@@ -1,0 +1,125 @@
+"""Drawing tokens: Gumbel-max with noise that belongs to the token, not to the batch.
+
+The noise of (completion, position, token id) is a hash of these three, in 32-bit integer
+arithmetic that every device does alike. So the same completion draws the same noise on any rank,
+in any batch, after any resume; two runs can differ only where the two best perturbed logits are
+closer than their rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _signed(word: int) -> int:
+    """A 32-bit pattern as the int32 that has it."""
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+_ODD_1, _ODD_2 = _signed(0x7FEB352D), _signed(0x846CA68B)
+_POSITION_1, _POSITION_2 = _signed(0x9E3779B1), _signed(0x85EBCA77)
+
+
+def _xor_shift(x: Tensor, bits: int) -> Tensor:
+    """X ^= x >>> bits, in place; int32 shifts are arithmetic, so the sign bits are masked off."""
+    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Avalanche of int32 in place (Wellons' lowbias32)."""
+    x = _xor_shift(x, 16).mul_(_ODD_1)
+    x = _xor_shift(x, 15).mul_(_ODD_2)
+    return _xor_shift(x, 16)
+
+
+def split_keys(keys: list[int], device: torch.device) -> Tensor:
+    """64-bit noise keys as int32 [n, 2]."""
+    words = [[_signed(key >> 32 & 0xFFFFFFFF), _signed(key & 0xFFFFFFFF)] for key in keys]
+    return torch.tensor(words, dtype=torch.int32, device=device).reshape(-1, 2)
+
+
+class KeyedNoise:
+    """Gumbel noise for a vocabulary.
+
+    Args:
+        vocab_size: token ids are 0 .. vocab_size - 1.
+        device: where the noise is made.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device):
+        ids = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=device)
+        self._hashed_ids = _mix(ids * _POSITION_1)
+
+    def gumbel(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Standard Gumbel noise, float32 [n, V].
+
+        Args:
+            keys: int32 [n, 2], see `split_keys`.
+            positions: int64 or int32 [n], index of the token within the completion.
+        """
+        positions = positions.to(torch.int32)
+        first = _mix((positions * _POSITION_1).bitwise_xor_(keys[:, 0])).unsqueeze(1)
+        second = _mix((positions * _POSITION_2).bitwise_xor_(keys[:, 1])).unsqueeze(1)
+        # The first word permutes, the second multiplies: both act on every token's bits.
+        x = _mix(self._hashed_ids ^ first).mul_(second | 1)
+        x = _xor_shift(x, 16)
+        # 24 bits and a half step: strictly inside (0, 1), so both logarithms are finite.
+        uniform = (x >> 8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+        return uniform.log_().neg_().log_().neg_()
+
+
+def filter_support(scaled: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Set logits outside the top-k / top-p support to -inf.
+
+    Args:
+        scaled: float32 [n, V], logits after the temperature.
+        top_p: keep the fewest tokens whose probability reaches this; 1 keeps all.
+        top_k: keep this many; 0 keeps all. Applied before top_p, as in vLLM.
+    """
+    if top_k == 0 and top_p >= 1.0:
+        return scaled
+    ordered, order = scaled.sort(-1, descending=True)
+    if top_k:
+        ordered[:, top_k:] = float("-inf")
+    if top_p < 1.0:
+        probabilities = ordered.softmax(-1)
+        # A token stays while those before it have not reached top_p; the first one always does.
+        before = probabilities.cumsum(-1) - probabilities
+        before[:, 0] = -1.0
+        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
+    return torch.empty_like(scaled).scatter_(-1, order, ordered)
+
+
+def sample(
+    logits: Tensor,
+    noise: KeyedNoise,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row.
+
+    Args:
+        logits: float32 [n, V].
+        noise: see KeyedNoise.
+        keys: int32 [n, 2].
+        positions: [n], index of the drawn token within its completion.
+        temperature: 0 takes the most likely token.
+        top_p: see `filter_support`.
+        top_k: see `filter_support`.
+
+    Returns:
+        (token ids int64 [n], log-probs float32 [n]). The log-prob is that of the distribution the
+        token was drawn from: temperature applied, renormalised over the support; for greedy
+        decoding that of temperature 1.
+    """
+    scaled = logits / temperature if temperature not in (0.0, 1.0) else logits
+    scaled = filter_support(scaled, top_p, top_k)
+    perturbed = scaled if temperature == 0.0 else scaled + noise.gumbel(keys, positions)
+    tokens = perturbed.argmax(-1)
+    chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return tokens, chosen - scaled.logsumexp(-1)

@@ -1,0 +1,87 @@
+"""A step's results as the metrics that are logged; definitions: observability/metrics.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from gdpo_megatron.algorithms import LOSS_METRICS, loss_metrics
+from gdpo_megatron.observability.metrics import Combine, declare_metric
+from gdpo_megatron.rollout.runner import RolloutBatch
+from gdpo_megatron.types import AdvantageBatch
+from gdpo_megatron.update import PolicyLoss
+
+
+def step_metrics(
+    batch: RolloutBatch, advantages: AdvantageBatch, rollout_seconds: float
+) -> dict[str, float]:
+    """Metrics of the rollouts, rewards and advantages of a step.
+
+    Args:
+        batch: the step's rollouts.
+        advantages: what the advantage stage made of them.
+        rollout_seconds: wall clock of generation, with the rewards that were waited for.
+    """
+    lengths = batch.lengths.double()
+    num_tokens = float(lengths.sum())
+    values = {
+        "rollout/num_tokens": num_tokens,
+        "rollout/tokens_per_second": num_tokens / rollout_seconds,
+        "completion/mean_tokens": float(lengths.mean()),
+        "completion/max_tokens": float(lengths.max()),
+        "completion/stopped_share": batch.finish_share("stop"),
+        "completion/truncated_share": batch.finish_share("length"),
+    }
+    for column, name in enumerate(batch.rewards.names):
+        values |= {f"reward/{name}/{k}": v for k, v in _reward_metrics(batch, column).items()}
+    a = advantages.advantages
+    values |= {f"advantage/{name}": value for name, value in advantages.stats.items()}
+    values |= {
+        "advantage/distinct_values": float(len(torch.unique((a * 1e6).round()))),
+        "advantage/std": float(a.std()) if len(a) > 1 else 0.0,
+        "advantage/abs_mean": float(a.abs().mean()),
+        "advantage/zero_share": float((a == 0).double().mean()),
+    }
+    return values
+
+
+def _reward_metrics(batch: RolloutBatch, column: int) -> dict[str, float]:
+    valid, not_applicable = batch.rewards.valid[:, column], batch.not_applicable[:, column]
+    scores, raw = batch.rewards.values[valid, column].double(), batch.raw[valid, column].double()
+    metrics = {
+        "invalid": float((~valid & ~not_applicable).sum()),
+        "not_applicable": float(not_applicable.sum()),
+    }
+    if not len(scores):
+        return metrics | {"mean": float("nan")}
+    return metrics | {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()) if len(scores) > 1 else 0.0,
+        "raw_mean": float(raw.mean()),
+        "min_share": float((scores == scores.min()).double().mean()),
+        "max_share": float((scores == scores.max()).double().mean()),
+    }
+
+
+def update_metrics(stats: Mapping[str, float], loss: PolicyLoss) -> dict[str, float]:
+    """Metrics of one minibatch's update, from the statistics that `MegatronPolicy.update` returns."""
+    metrics = loss_metrics(
+        {name: stats[name] for name in loss.sums}, {name: stats[name] for name in loss.maxima}
+    )
+    return {
+        "update/loss": stats["total"],
+        **{f"update/{name}": value for name, value in metrics.items()},
+        "optimizer/lr": stats["lr"],
+        "optimizer/grad_norm": stats["grad_norm"],
+    }
+
+
+def _combine(name: str) -> Combine:
+    if name.startswith("num_"):
+        return "sum"
+    return "max" if name.endswith("_max") else "mean"
+
+
+for _name, _info in LOSS_METRICS.items():
+    declare_metric(f"update/{_name}", _info.unit, _info.definition, _combine(_name))

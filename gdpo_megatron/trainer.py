@@ -1,0 +1,303 @@
+"""GDPO training: the loop, in the order of the paper.
+
+    prompts -> weight sync -> rollouts and rewards -> advantages -> log-probs -> update
+
+Everything global is computed once from the whole step's batch and is the same on every rank; only
+tokens are distributed. What each stage does is in the module that it calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from gdpo_megatron.algorithms import compute_advantages, needs_old_pass, needs_reference
+from gdpo_megatron.build import Parts
+from gdpo_megatron.checkpoint import CheckpointManager
+from gdpo_megatron.config.paths import resolve_path
+from gdpo_megatron.config.schema import RLConfig
+from gdpo_megatron.data.prompts import load_prompts
+from gdpo_megatron.data.sampler import PromptSampler
+from gdpo_megatron.distributed.exchange import exchange_tokens
+from gdpo_megatron.evaluate import Evaluator
+from gdpo_megatron.interrupt import Interrupt
+from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatches
+from gdpo_megatron.observability.progress import ProgressDisplay
+from gdpo_megatron.observability.rollout_log import write_rollouts
+from gdpo_megatron.observability.timers import PhaseTimers
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+from gdpo_megatron.rewards.suite import RewardSuite
+from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
+from gdpo_megatron.step_metrics import step_metrics, update_metrics
+from gdpo_megatron.types import AdvantageBatch, Prompt
+from gdpo_megatron.update import (
+    PolicyLoss,
+    RolloutMicroBatch,
+    plan_minibatches,
+    rollout_micro_batches,
+)
+from gdpo_megatron.weight_sync import sync_weights
+
+
+class GDPOTrainer:
+    """One run. Construction is collective and resumes from the run folder.
+
+    Args:
+        config: the validated config.
+        base_dir: folder that its relative paths start from.
+        parts: what the job was given.
+    """
+
+    def __init__(self, config: RLConfig, base_dir: Path, parts: Parts):
+        self.config, self.parts, self._base_dir = config, parts, base_dir
+        self.run_dir = resolve_path(base_dir, config.run_dir)
+        rollout, mesh = config.rollout, parts.mesh
+        self.prompts = load_prompts(
+            config.data,
+            parts.tokenizer,
+            path=config.data.train,
+            base_dir=base_dir,
+            max_prompt_tokens=config.model.max_sequence_length - rollout.max_completion_tokens,
+        )
+        self.sampler = PromptSampler(
+            len(self.prompts), rollout.num_prompts_per_step, config.seed, config.data.shuffle
+        )
+        self.policy = MegatronPolicy(
+            parts.arch,
+            optimizer=config.optimizer,
+            total_updates=config.train.num_steps * config.train.num_minibatches_per_step,
+            make_reader=parts.reader,
+            **parts.model_kwargs(),
+        )
+        self.reference = parts.frozen_model() if needs_reference(config.loss) else None
+        self.engine, self.engines = parts.engine(
+            rollout.engine, rollout.tensor_parallel_size, rollout.max_concurrent_sequences
+        )
+        self.sampling = sampling_params(rollout, parts.stop_token_ids())
+        self.suite = RewardSuite(
+            config.rewards,
+            group_size=rollout.group_size,
+            num_workers=config.reward_suite.num_workers,
+            base_dir=base_dir,
+        )
+        self.advantage_config = replace(config.advantage, weights=self.suite.weights)
+        self.evaluator = None
+        if config.train.eval_interval:
+            self.evaluator = Evaluator(config, base_dir, parts, self.engine, self.engines)
+        self.checkpoints = CheckpointManager(
+            self.run_dir, keep_last=config.checkpoint.keep_last, mesh=mesh
+        )
+        self.step = self.policy_version = 0
+        state = self.checkpoints.load_latest(self.policy)
+        if state is not None:
+            self.step, self.policy_version = state["step"], state["policy_version"]
+            self.sampler.load_state_dict(state["sampler"])
+        self.interrupt = Interrupt(parts.platform)
+        self.timers = PhaseTimers(synchronize=parts.platform.synchronize)
+        self.metrics = MetricsLogger(
+            self.run_dir,
+            tensorboard=config.logging.tensorboard,
+            enabled=mesh.rank == 0,
+            start_step=self.step + 1,
+        )
+
+    def run(self) -> bool:
+        """Train to the last step.
+
+        Returns:
+            Whether the run is complete; False when it was interrupted, and saved.
+        """
+        train, save_interval = self.config.train, self.config.checkpoint.save_interval
+        start, saved_step, stopping = self.step, self.step, False
+        title = f"gdpo-megatron train: {self.run_dir.name}"
+        with self.metrics, self.suite, self._display(title, start) as self.display:
+            if start:
+                self.display.message(f"resumed after step {start}")
+            while self.step < train.num_steps and not stopping:
+                began = time.perf_counter()
+                values, summary = self.train_step()
+                self.step += 1
+                if train.eval_interval and self.step % train.eval_interval == 0:
+                    values |= self._evaluate()
+                stopping = self.interrupt.agreed()
+                last = stopping or self.step == train.num_steps
+                if last or (save_interval and self.step % save_interval == 0):
+                    self._save()
+                    saved_step = self.step
+                values |= {f"time/{name}_seconds": s for name, s in self.timers.take().items()}
+                values["time/step_seconds"] = time.perf_counter() - began
+                self.metrics.log(self.step, values)
+                self.display.step_done(self.step, summary)
+            complete = self.step == train.num_steps
+            if complete and self.config.checkpoint.export_hf:
+                with self._phase("export"):
+                    self.parts.export(self.policy, self.run_dir / "hf")
+            if not complete:
+                self.display.message(
+                    f"interrupted and saved after step {saved_step}; the same command goes on there"
+                )
+        return complete
+
+    # ---- one step ----------------------------------------------------------------------------
+
+    def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Take one step; returns its metrics, and those that a person watches."""
+        config, prompts = self.config, [self.prompts[i] for i in self.sampler.next_batch()]
+        with self._phase("weight_sync"):
+            self.engine.wake()
+            sync_weights(self.policy, self.engine, self.policy_version)
+        rollout_began = time.perf_counter()
+        with self._phase("rollout"):
+            batch = run_rollouts(
+                prompts,
+                group_size=config.rollout.group_size,
+                sampling=self.sampling,
+                engine=self.engine,
+                engines=self.engines,
+                suite=self.suite,
+                platform=self.parts.platform,
+                seed=config.seed,
+                stream="train",
+                step=self.step,
+                on_progress=self.display.progress,
+                on_generated=lambda: self.display.phase("reward"),
+            )
+            self.engine.sleep()
+        rollout_seconds = time.perf_counter() - rollout_began
+        with self._phase("advantage"):
+            advantages = compute_advantages(
+                batch.rewards, self.advantage_config, batch.lengths, base_dir=self._base_dir
+            )
+        values = step_metrics(batch, advantages, rollout_seconds)
+        values |= {"run/policy_version": self.policy_version, "run/epoch": self.sampler.epoch}
+        self._log_rollouts(batch, advantages)
+        values |= self._update(prompts, batch, advantages)
+        summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
+        summary["tokens/s"] = values["rollout/tokens_per_second"]
+        return values, summary
+
+    def _update(
+        self, prompts: Sequence[Prompt], batch: RolloutBatch, advantages: AdvantageBatch
+    ) -> dict[str, float]:
+        """Train on the step's rollouts; returns the metrics of its minibatches."""
+        config, mesh = self.config, self.parts.mesh
+        lengths = batch.lengths.tolist()
+        plans = plan_minibatches(
+            advantages.loss_rows,
+            [len(prompt.token_ids) for prompt in prompts],
+            lengths,
+            group_size=config.rollout.group_size,
+            num_minibatches=config.train.num_minibatches_per_step,
+            dp_size=mesh.dp_size,
+            hidden_size=self.parts.arch.hidden_size,
+        )
+        with self._phase("exchange"):
+            tokens = self._exchange(batch, [p.samples for p in plans], lengths)
+            minibatches = [
+                rollout_micro_batches(
+                    plan,
+                    tokens,
+                    prompts,
+                    advantages.advantages,
+                    group_size=config.rollout.group_size,
+                    micro_batch_size=config.train.micro_batch_size,
+                    mesh=mesh,
+                )
+                for plan in plans
+            ]
+        with self._phase("logprobs"):
+            minibatches = [self._with_logprobs(batches) for batches in minibatches]
+        results: list[dict[str, float]] = []
+        with self._phase("update"):
+            for plan, micro_batches in zip(plans, minibatches, strict=True):
+                if not plan.num_loss_rows:
+                    continue
+                loss = PolicyLoss(config.loss, plan, config.rollout.max_completion_tokens)
+                stats = self.policy.update(
+                    micro_batches, loss, temperature=config.rollout.temperature
+                )
+                self.policy_version += 1
+                results.append(update_metrics(stats, loss))
+        return combine_minibatches(results)
+
+    def _exchange(
+        self, batch: RolloutBatch, samples: Sequence[Sequence[Sequence[int]]], lengths: list[int]
+    ) -> dict[int, tuple[list[int], list[float]]]:
+        """Bring each sample that is trained on to the ranks that train on it."""
+        dp_rank_of = [-1] * len(lengths)
+        for ranks in samples:
+            for dp_rank, ids in enumerate(ranks):
+                for sample in ids:
+                    dp_rank_of[sample] = dp_rank
+        return exchange_tokens(
+            {
+                sample: (rollout.completion.token_ids, rollout.completion.logprobs)
+                for sample, rollout in batch.rollouts.items()
+            },
+            lengths=lengths,
+            replica_of=batch.replica_of,
+            dp_rank_of=dp_rank_of,
+            mesh=self.parts.mesh,
+            engines=self.engines,
+            device=self.parts.platform.device,
+        )
+
+    def _with_logprobs(self, batches: Sequence[RolloutMicroBatch]) -> list[RolloutMicroBatch]:
+        """Add what the policy before the update and the reference say of the same tokens."""
+        temperature = self.config.rollout.temperature
+        filled = list(batches)
+        if needs_old_pass(self.config.loss):
+            old = self.policy.logprobs(filled, temperature)
+            filled = [replace(b, old_logprobs=x) for b, x in zip(filled, old, strict=True)]
+        if self.reference is not None:
+            ref = self.reference.logprobs(filled, temperature)
+            filled = [replace(b, ref_logprobs=x) for b, x in zip(filled, ref, strict=True)]
+        return filled
+
+    # ---- around it ---------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.evaluator is not None
+        with self._phase("eval"):
+            self.engine.wake()
+            sync_weights(self.policy, self.engine, self.policy_version)
+            result = self.evaluator.run(self.display.progress)
+            self.engine.sleep()
+        return result.metrics()
+
+    def _save(self) -> None:
+        with self._phase("checkpoint"):
+            self.checkpoints.save(
+                self.step,
+                self.policy,
+                {"policy_version": self.policy_version, "sampler": self.sampler.state_dict()},
+            )
+
+    def _log_rollouts(self, batch: RolloutBatch, advantages: AdvantageBatch) -> None:
+        """Write sampled groups; rank 0 leads an engine and writes its own first groups."""
+        count = self.config.logging.num_rollout_groups
+        if self.parts.mesh.rank != 0 or not count:
+            return
+        groups = sorted({rollout.group_id for rollout in batch.rollouts.values()})[:count]
+        reasons = None if batch.scores is None else batch.scores.reasons
+        write_rollouts(
+            self.run_dir,
+            self.step + 1,
+            {s: r for s, r in batch.rollouts.items() if r.group_id in groups},
+            replace(batch.rewards, reasons=reasons),
+            advantages.advantages,
+        )
+
+    def _display(self, title: str, start: int) -> ProgressDisplay:
+        return ProgressDisplay(
+            self.config.train.num_steps, start, title, enabled=self.parts.mesh.rank == 0
+        )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        self.display.phase(name)
+        with self.timers(name):
+            yield

@@ -1,0 +1,220 @@
+"""Everything about a job that can be known to be wrong before a rank is started.
+
+A check looks at one thing and returns lines; all lines are reported together. Nothing is written,
+no weights are read (only the headers of their files), and Megatron is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
+from gdpo_megatron.config.paths import resolve_path
+from gdpo_megatron.config.schema import ParallelConfig, RLConfig, SFTConfig
+from gdpo_megatron.conversion.architecture import ModelArchitecture, load_architecture
+from gdpo_megatron.conversion.hf_io import HFCheckpoint
+from gdpo_megatron.conversion.pipeline import stage_layers
+from gdpo_megatron.data.rows import RowKind, read_rows
+from gdpo_megatron.data.tokenizer import load_tokenizer
+from gdpo_megatron.errors import InputError
+from gdpo_megatron.rewards.suite import RewardSuite
+from gdpo_megatron.rollout.base import engines
+
+Check = Callable[[], "list[str] | None"]
+
+
+def validate(job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int) -> None:
+    """Check a job.
+
+    Args:
+        job: "train", "sft" or "eval".
+        config: the loaded config, whose keys and ranges are right.
+        base_dir: folder that its relative paths start from.
+        world_size: ranks that it will be started with.
+
+    Raises:
+        InputError: all problems found.
+    """
+    problems: list[str] = []
+    for check in _checks(job, config, base_dir, world_size):
+        try:
+            problems += check() or []
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)))
+
+
+def _checks(
+    job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int
+) -> Iterator[Check]:
+    parallel = config.parallel
+    yield lambda: _world(parallel, world_size)
+    arch: ModelArchitecture | None = None
+
+    def load_arch() -> None:
+        nonlocal arch
+        arch = load_architecture(resolve_path(base_dir, config.model.hf_path))
+
+    yield load_arch
+    if arch is not None:
+        found = arch
+        yield lambda: _model(config, found, base_dir)
+        yield lambda: _layout("parallel.tensor_model_parallel_size", found, parallel)
+    yield lambda: _optimizer(config, job)
+    if isinstance(config, SFTConfig):
+        yield lambda: _data(config, base_dir, config.data.train, "sft", None)
+        return
+    if arch is not None:
+        found = arch
+        yield lambda: _engine(config, found, world_size)
+    yield lambda: _run(config, job)
+    suite: RewardSuite | None = None
+
+    def load_rewards() -> None:
+        nonlocal suite
+        suite = RewardSuite(
+            config.rewards, group_size=config.rollout.group_size, num_workers=1, base_dir=base_dir
+        )
+
+    yield load_rewards
+    if job == "train":
+        yield lambda: _estimator(config, base_dir)
+        yield lambda: _data(config, base_dir, config.data.train, "rl", suite)
+    if config.data.eval is not None:
+        eval_path = config.data.eval
+        yield lambda: _data(config, base_dir, eval_path, "rl", suite)
+
+
+def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        return [
+            f"{world_size} ranks (--nproc x --nnodes) do not fit "
+            f"parallel.tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}: "
+            f"start a multiple of {tp * pp}"
+        ]
+    return []
+
+
+def _model(config: RLConfig | SFTConfig, arch: ModelArchitecture, base_dir: Path) -> list[str]:
+    model, problems = config.model, list[str]()
+    folder = resolve_path(base_dir, model.hf_path)
+    if model.max_sequence_length > arch.max_position_embeddings:
+        problems.append(
+            f"model.max_sequence_length is {model.max_sequence_length}, but the model has only "
+            f"{arch.max_position_embeddings} positions"
+        )
+    try:
+        tokenizer = load_tokenizer(resolve_path(base_dir, model.tokenizer_path or model.hf_path))
+        if tokenizer.vocab_size > arch.vocab_size:
+            problems.append(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+                f"{arch.vocab_size}; set model.tokenizer_path to the model's own"
+            )
+    except InputError as error:
+        problems += error.problems
+    if model.init == "pretrained":
+        HFCheckpoint(folder, arch)
+    return problems
+
+
+def _layout(key: str, arch: ModelArchitecture, parallel: ParallelConfig) -> list[str]:
+    stage_layers(arch.num_layers, parallel)
+    return _divides(key, parallel.tensor_model_parallel_size, arch)
+
+
+def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
+    counts = {
+        "attention heads": arch.num_attention_heads,
+        "key/value heads": arch.num_key_value_heads,
+        "MLP columns": arch.intermediate_size,
+    }
+    return [
+        f"{key} {size} does not divide the model's {count} {what}"
+        for what, count in counts.items()
+        if count % size
+    ]
+
+
+def _engine(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[str]:
+    import gdpo_megatron.rollout.native  # noqa: F401  # registers the engine
+
+    rollout, key = config.rollout, "rollout.tensor_parallel_size"
+    problems = _divides(key, rollout.tensor_parallel_size, arch)
+    if world_size % rollout.tensor_parallel_size:
+        problems.append(f"{key} {rollout.tensor_parallel_size} does not divide {world_size} ranks")
+    try:
+        engines.get(rollout.engine)
+    except InputError as error:
+        problems += [f"rollout.engine: {problem}" for problem in error.problems]
+    return problems
+
+
+def _run(config: RLConfig, job: str) -> list[str]:
+    problems: list[str] = []
+    sections = {"eval": config.eval} | ({"rollout": config.rollout} if job == "train" else {})
+    for name, section in sections.items():
+        if section.max_completion_tokens >= config.model.max_sequence_length and (
+            name == "rollout" or config.data.eval is not None
+        ):
+            problems.append(
+                f"{name}.max_completion_tokens {section.max_completion_tokens} leaves no room for "
+                f"a prompt in model.max_sequence_length {config.model.max_sequence_length}"
+            )
+    if job == "eval" or config.train.eval_interval:
+        if config.data.eval is None:
+            what = "eval" if job == "eval" else "train.eval_interval"
+            problems.append(f"data.eval: {what} needs a file of held-out rows")
+    if job != "train":
+        return problems
+    rollout, train = config.rollout, config.train
+    if rollout.group_size < 2:
+        problems.append(
+            f"rollout.group_size is {rollout.group_size}: a group of one has no advantage; "
+            "use 2 or more"
+        )
+    if train.num_minibatches_per_step > rollout.num_prompts_per_step:
+        problems.append(
+            f"train.num_minibatches_per_step {train.num_minibatches_per_step} is more than "
+            f"rollout.num_prompts_per_step {rollout.num_prompts_per_step}; a minibatch needs a prompt"
+        )
+    problems += logprob_problems(
+        config.loss,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        num_minibatches_per_step=train.num_minibatches_per_step,
+    )
+    return problems
+
+
+def _estimator(config: RLConfig, base_dir: Path) -> None:
+    resolve_estimator(config.advantage.estimator, base_dir)
+
+
+def _optimizer(config: RLConfig | SFTConfig, job: str) -> list[str]:
+    if job == "eval":
+        return []
+    optimizer, problems = config.optimizer, list[str]()
+    if optimizer.min_lr > optimizer.lr:
+        problems.append(f"optimizer.min_lr {optimizer.min_lr} is above optimizer.lr {optimizer.lr}")
+    return problems
+
+
+def _data(
+    config: RLConfig | SFTConfig,
+    base_dir: Path,
+    path: str,
+    kind: RowKind,
+    suite: RewardSuite | None,
+) -> list[str]:
+    rows = read_rows(config.data, path, base_dir=base_dir, kind=kind)
+    if suite is None:
+        return []
+    return [
+        f"{resolve_path(base_dir, path)}, row '{row.prompt_id}': {problem}"
+        for row in rows
+        for problem in suite.answer_problems(row.answer)
+    ][:20]
