@@ -7,22 +7,26 @@ local means would weigh ranks and micro-batches by how they were cut.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from gdpo_megatron.config.loss import Aggregation
 
 
-def token_weights(loss_mask: Tensor, aggregation: Aggregation) -> Tensor:
+def token_weights(
+    loss_mask: Tensor, aggregation: Aggregation, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Weight of each token's loss.
 
     Args:
         loss_mask: [b, S] bool; rows are whole completions.
         aggregation: of the `loss` section.
+        dtype: of the loss.
 
     Returns:
-        [b, S] float32; 0 where masked.
+        [b, S]; 0 where masked.
     """
-    weights = loss_mask.float()
+    weights = loss_mask.to(dtype)
     if aggregation == "sequence_mean":
         return weights / weights.sum(1, keepdim=True).clamp(min=1.0)
     return weights

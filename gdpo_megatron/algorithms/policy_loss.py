@@ -103,18 +103,18 @@ def policy_loss_terms(
 
     if rollout_logprobs is not None:
         log_w = log_ratio(old.detach(), rollout_logprobs, loss_mask)
-        weights = importance_weights(log_w, loss_mask, config.mismatch)
-        loss = loss * weights.used
+        importance = importance_weights(log_w, loss_mask, config.mismatch)
+        loss = loss * importance.used
         sums |= {
             "mismatch_k1": masked_sum(-log_w, loss_mask),
             "mismatch_kl": masked_sum(kl_estimate(-log_w, "k3"), loss_mask),
             "mismatch_abs_diff": masked_sum(log_w.abs(), loss_mask),
-            "importance_weight": masked_sum(weights.raw, loss_mask),
-            "importance_weight_squared": masked_sum(weights.raw.square(), loss_mask),
-            "importance_weight_bounded": masked_sum(weights.bounded, loss_mask),
+            "importance_weight": masked_sum(importance.raw, loss_mask),
+            "importance_weight_squared": masked_sum(importance.raw.square(), loss_mask),
+            "importance_weight_bounded": masked_sum(importance.bounded, loss_mask),
         }
         maxima["mismatch_abs_diff_max"] = masked_maximum(log_w.abs(), loss_mask)
-        maxima["importance_weight_max"] = masked_maximum(weights.raw, loss_mask)
+        maxima["importance_weight_max"] = masked_maximum(importance.raw, loss_mask)
     sums["policy_loss"] = masked_sum(loss, loss_mask)
     if ref_logprobs is not None:
         kl = kl_estimate(log_ratio(logprobs, ref_logprobs, loss_mask), config.kl_estimator)
@@ -127,7 +127,8 @@ def policy_loss_terms(
         sums["entropy"] = masked_sum(entropy, loss_mask)
         if config.entropy_coef > 0:
             loss = loss - config.entropy_coef * entropy
-    token_loss = torch.where(loss_mask, loss * token_weights(loss_mask, config.aggregation), 0.0)
+    weights = token_weights(loss_mask, config.aggregation, loss.dtype)
+    token_loss = torch.where(loss_mask, loss * weights, 0.0)
     return PolicyLossTerms(token_loss=token_loss, sums=sums, maxima=maxima)
 
 

@@ -205,7 +205,7 @@ def test_nemo_rl_with_its_class_default_leave_one_out(seed):
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - set(TAKES_MISSING)))
 def test_presets_without_a_rule_for_missing_rewards_say_so(name):
-    with pytest.raises(InputError, match="row 1 has no reward 'correct'.*missing: exclude"):
+    with pytest.raises(InputError, match=r"row 1 has no reward 'correct'.*missing: exclude"):
         ours([[1.0], [NAN]], [0, 0], [1, 1], AdvantageConfig.from_preset(name))
 
 
