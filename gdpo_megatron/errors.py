@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix: shown as plain lines, without a traceback, with exit code 2."""
+"""Errors that are the user's to fix: shown as plain lines, no traceback, exit code 2."""
 
 from __future__ import annotations
 

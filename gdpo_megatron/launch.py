@@ -18,6 +18,8 @@ from types import FrameType
 
 import psutil
 
+from gdpo_megatron.platform import detect_platform
+
 _PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
 
@@ -65,14 +67,8 @@ def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """Environment of the workers; what the user set stays."""
-    defaults = {
-        # One thread per rank: more of them only fight over the cores.
-        "OMP_NUM_THREADS": "1",
-        # Megatron needs one queue for its tensor-parallel communication to overlap in order.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return {**defaults, **inherited}
+    # Tokenizers used before a fork would warn in every child of theirs.
+    return {"TOKENIZERS_PARALLELISM": "false", **detect_platform().environment, **inherited}
 
 
 def run(options: LaunchOptions, worker: Sequence[str]) -> int:

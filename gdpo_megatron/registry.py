@@ -1,4 +1,4 @@
-"""One table type for everything that users may add: rewards, advantage estimators, engines, families.
+"""One table type for all that users may add: rewards, advantage estimators, engines, families.
 
 An entry is found by name (built in, or registered by an installed package through an entry point)
 or by `./file.py:function`, relative to the config that names it. A name is registered once; a

@@ -65,7 +65,7 @@ def _reward_metrics(batch: RolloutBatch, column: int) -> dict[str, float]:
 
 
 def update_metrics(stats: Mapping[str, float], loss: PolicyLoss) -> dict[str, float]:
-    """Metrics of one minibatch's update, from the statistics that `MegatronPolicy.update` returns."""
+    """Metrics of one minibatch, from the statistics that `MegatronPolicy.update` returns."""
     metrics = loss_metrics(
         {name: stats[name] for name in loss.sums}, {name: stats[name] for name in loss.maxima}
     )

@@ -178,7 +178,7 @@ def _run(config: RLConfig, job: str) -> list[str]:
     if train.num_minibatches_per_step > rollout.num_prompts_per_step:
         problems.append(
             f"train.num_minibatches_per_step {train.num_minibatches_per_step} is more than "
-            f"rollout.num_prompts_per_step {rollout.num_prompts_per_step}; a minibatch needs a prompt"
+            f"rollout.num_prompts_per_step {rollout.num_prompts_per_step}; each needs a prompt"
         )
     problems += logprob_problems(
         config.loss,

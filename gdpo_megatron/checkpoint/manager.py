@@ -87,7 +87,7 @@ class CheckpointManager:
         if not steps:
             return None
         folder = self._folder / f"step_{steps[-1]:08d}"
-        loaded = dist_checkpointing.load(policy.sharded_state_dict(loading=True), str(folder))
+        loaded: Any = dist_checkpointing.load(policy.sharded_state_dict(loading=True), str(folder))
         policy.load_state_dict(loaded)
         run = json.loads((folder / "run.json").read_text())
         # Another world size has no state of its own per rank to go back to.

@@ -64,9 +64,9 @@ class ModelArchitecture:
         wavelength = 2 * math.pi / inv_freq
         low = scaling.original_max_position_embeddings / scaling.low_freq_factor
         high = scaling.original_max_position_embeddings / scaling.high_freq_factor
-        smooth = (
-            scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor
-        ) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        turns = scaling.original_max_position_embeddings / wavelength
+        smooth = turns - scaling.low_freq_factor
+        smooth /= scaling.high_freq_factor - scaling.low_freq_factor
         blended = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
         scaled = torch.where(wavelength > low, inv_freq / scaling.factor, blended)
         return torch.where(wavelength < high, inv_freq, scaled)

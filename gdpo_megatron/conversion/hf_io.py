@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -175,7 +174,7 @@ def write_hf_folder(
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
-    os.replace(partial, folder)
+    partial.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

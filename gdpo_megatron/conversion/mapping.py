@@ -22,6 +22,11 @@ from gdpo_megatron.conversion.architecture import ModelArchitecture
 class Layout(Protocol):
     """How a full Megatron tensor relates to its Hugging Face tensors and to its TP shards."""
 
+    @property
+    def tp_dim(self) -> int | None:
+        """Dimension that TP ranks share; None if all of them hold the whole."""
+        ...
+
     def merge(self, tensors: Sequence[Tensor], arch: ModelArchitecture, tp: int) -> Tensor: ...
     def split(self, full: Tensor, arch: ModelArchitecture) -> list[Tensor]: ...
     def shard(self, full: Tensor, rank: int, tp: int) -> Tensor: ...
@@ -68,7 +73,7 @@ class QKV(Copy):
 
 @dataclass(frozen=True)
 class GatedMLP(Copy):
-    """gate [f, h] and up [f, h] -> [2f, h]; a rank holds its part of each half, one below the other."""
+    """gate [f, h] and up [f, h] -> [2f, h]; a rank holds its part of each half."""
 
     def merge(self, tensors: Sequence[Tensor], arch: ModelArchitecture, tp: int) -> Tensor:
         return torch.cat(list(tensors), 0)
@@ -86,7 +91,7 @@ class GatedMLP(Copy):
 
 @dataclass(frozen=True)
 class Vocabulary(Copy):
-    """[V, h] -> [padded V, h]; the rows added are zero, are masked in the softmax, and not exported."""
+    """[V, h] -> [padded V, h]; the added rows are zero, masked in the softmax, not exported."""
 
     tp_dim: int | None = 0
 
@@ -117,6 +122,8 @@ class Row:
     """A second copy of a tied embedding, which the last of several stages holds for its softmax."""
 
 
+_EMBEDDING = "model.embed_tokens.weight"
+
 # Megatron names (local spec | TE spec), Hugging Face names, layout; below `decoder.layers.<i>.` and
 # `model.layers.<L>.`. TE fuses a norm into the linear layer that follows it.
 _LAYER_ROWS: tuple[tuple[str, str, Layout], ...] = (
@@ -143,9 +150,7 @@ _LAYER_ROWS: tuple[tuple[str, str, Layout], ...] = (
 
 def mapping_rows(arch: ModelArchitecture) -> list[Row]:
     """All rows of a model in layer order: embedding, layers, final norm, output layer."""
-    rows = [
-        Row(("embedding.word_embeddings.weight",), ("model.embed_tokens.weight",), Vocabulary())
-    ]
+    rows = [Row(("embedding.word_embeddings.weight",), (_EMBEDDING,), Vocabulary())]
     for layer in range(arch.num_layers):
         for megatron, hf, layout in _LAYER_ROWS:
             rows.append(
@@ -158,13 +163,13 @@ def mapping_rows(arch: ModelArchitecture) -> list[Row]:
             )
     rows.append(Row(("decoder.final_layernorm.weight",), ("model.norm.weight",), Copy(), last=True))
     tied = arch.tie_word_embeddings
-    output = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    output = _EMBEDDING if tied else "lm_head.weight"
     rows.append(Row(("output_layer.weight",), (output,), Vocabulary(), last=True, import_only=tied))
     return rows
 
 
 def hf_shapes(arch: ModelArchitecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Hugging Face checkpoint of `arch` holds, with its shape, in layer order."""
+    """Every tensor of a Hugging Face checkpoint of `arch`, with its shape, in layer order."""
     h, f, d = arch.hidden_size, arch.intermediate_size, arch.head_dim
     query, key = arch.num_attention_heads * d, arch.num_key_value_heads * d
     by_module = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -43,7 +44,7 @@ class Mesh:
         return self.pp_rank == self.pp_size - 1
 
     def trainer_ranks(self, dp_rank: int) -> list[int]:
-        """Global ranks that train on the rows of one data-parallel rank (Megatron's tp-dp-pp order)."""
+        """Global ranks that train on one data-parallel rank's rows (Megatron's tp-dp-pp order)."""
         tp, dp = self.tp_size, self.dp_size
         return [pp * dp * tp + dp_rank * tp + t for pp in range(self.pp_size) for t in range(tp)]
 
@@ -83,9 +84,10 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         )
         # Megatron wants its tracker seeded; we have no dropout, so nothing is drawn from it.
         model_parallel_cuda_manual_seed(0)
-    tp_group = ps.get_tensor_model_parallel_group()
-    pp_group = ps.get_pipeline_model_parallel_group()
-    dp_group = ps.get_data_parallel_group()
+    # Typed as what they might be before initialisation; now they are groups.
+    tp_group: Any = ps.get_tensor_model_parallel_group()
+    pp_group: Any = ps.get_pipeline_model_parallel_group()
+    dp_group: Any = ps.get_data_parallel_group()
     mesh = Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -111,7 +113,7 @@ def engine_mesh(mesh: Mesh, tensor_parallel_size: int) -> EngineMesh:
     if tensor_parallel_size > 1:
         for index in range(num_replicas):
             start = index * tensor_parallel_size
-            group = dist.new_group(list(range(start, start + tensor_parallel_size)))
+            group: Any = dist.new_group(list(range(start, start + tensor_parallel_size)))
             if index == replica:
                 own_group = group
     return EngineMesh(

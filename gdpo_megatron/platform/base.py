@@ -28,6 +28,9 @@ class Platform(Protocol):
     model_overrides: Mapping[str, Any]
     """TransformerConfig fields that this platform dictates."""
 
+    environment: Mapping[str, str]
+    """Variables that a worker wants before it starts; what the user has set wins."""
+
     def setup(self, local_rank: int) -> None:
         """Choose this rank's device. Call once, before anything else of the platform."""
         ...

@@ -31,6 +31,9 @@ class CpuPlatform:
         "deallocate_pipeline_outputs": False,
     }
 
+    # More threads than one a rank only fight over the cores.
+    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
+
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 

@@ -15,6 +15,8 @@ class CudaPlatform:
     name = "cuda"
     backend = "nccl"
     model_overrides: Mapping[str, Any] = {}
+    # One queue per device: Megatron overlaps communication by the order of its launches.
+    environment: Mapping[str, str] = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
     def __init__(self) -> None:
         self.device = torch.device("cuda")

@@ -1,9 +1,11 @@
 """What `torch.cuda` is to megatron.core on a machine without CUDA.
 
 CPU operations are finished when they return, so streams, events and synchronisation have nothing
-left to do. Only what Megatron reaches on the paths we run is here; any other function raises, so that
-a new dependency of Megatron on CUDA is seen at once instead of being absorbed.
+left to do. Only what Megatron reaches on the paths we run is here; any other function raises, so
+that a new dependency of Megatron on CUDA is seen at once instead of being absorbed.
 """
+
+# ruff: noqa: D103 - each function is what its torch.cuda namesake is
 
 from __future__ import annotations
 

@@ -51,16 +51,24 @@ class SDPACoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: [s, b, n, d]; key and value: [s, b, g, d] with g dividing n.
-            attention_mask: must be None, like the bias and the packing.
+            query: [s, b, n, d].
+            key: [s, b, g, d] with g dividing n.
+            value: [s, b, g, d].
+            attention_mask: must be None.
+            attn_mask_type: causal, Megatron's for decoders.
+            attention_bias: must be None.
+            packed_seq_params: must be None.
 
         Returns:
             [s, b, n * d].
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         s, b, n, d = query.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
-            *(t.permute(1, 2, 0, 3) for t in (query, key, value)),
+            q,
+            k,
+            v,
             is_causal=True,
             scale=self.softmax_scale,
             enable_gqa=key.shape[2] != n,
@@ -75,5 +83,6 @@ def layer_spec(config: TransformerConfig, platform: Platform) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         qk_layernorm=config.qk_layernorm, normalization=config.normalization
     )
-    spec.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    submodules: Any = spec.submodules
+    submodules.self_attention.submodules.core_attention = SDPACoreAttention
     return spec

@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 
 
 def _scaled(logits: Tensor, temperature: float, num_valid: int) -> Tensor:
-    """float32 logits / temperature, with the padding columns of the vocabulary out of the softmax."""
+    """float32 logits / temperature, with the vocabulary's padding out of the softmax."""
     x = logits.float()
     x = x / temperature if temperature != 1.0 else x.clone()
     x[..., num_valid:] = float("-inf")

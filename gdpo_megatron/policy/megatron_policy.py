@@ -29,10 +29,15 @@ from gdpo_megatron.policy.optimizer import build_optimizer, build_scheduler, pre
 class LossFn(Protocol):
     """What an update minimises."""
 
-    sums: tuple[str, ...]
-    """Statistics that are summed over all micro-batches and ranks."""
-    maxima: tuple[str, ...]
-    """Statistics of which the largest is kept."""
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """Statistics that are summed over all micro-batches and ranks."""
+        ...
+
+    @property
+    def maxima(self) -> tuple[str, ...]:
+        """Statistics of which the largest is kept."""
+        ...
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
@@ -121,8 +126,8 @@ class MegatronPolicy(MegatronModel):
         reported = self.run_schedule(micro_batches, on_logits, forward_only=False)
         stats = self._reduce_stats(reported, loss_fn)
         stats["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        _, grad_norm, _ = self.optimizer.step()
-        stats["grad_norm"] = float(grad_norm)
+        outcome: Any = self.optimizer.step()
+        stats["grad_norm"] = float(outcome[1])
         if not torch.isfinite(torch.tensor(stats["grad_norm"])):
             raise FloatingPointError(
                 f"gradient norm is {stats['grad_norm']}; loss statistics: {stats}"

@@ -206,7 +206,8 @@ class MegatronModel:
         Args:
             micro_batches: at least one; equal on all ranks of one model replica.
             on_logits: called on the last stage with (logits, micro_batch); see Megatron's loss
-                function for what it returns (a pair is made for it when forward_only).
+                function for what it returns; anything when forward_only.
+            forward_only: no backward pass.
 
         Returns:
             What `on_logits` reported for each micro-batch on the last stage; [] elsewhere.

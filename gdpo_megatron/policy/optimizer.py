@@ -51,7 +51,7 @@ def build_optimizer(
 def build_scheduler(
     config: schema.OptimizerConfig, optimizer: MegatronOptimizer, total_steps: int
 ) -> OptimizerParamScheduler:
-    """Linear warmup to `lr`, then the schedule down to `min_lr` at `total_steps` optimizer steps."""
+    """Linear warmup to `lr`, then down to `min_lr` at `total_steps` optimizer steps."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

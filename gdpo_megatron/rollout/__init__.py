@@ -1,1 +1,1 @@
-"""Rollout engines: base.py is the protocol, native/ the engine that decodes the policy's weights."""
+"""Rollout engines: base.py is the protocol, native/ decodes the policy's weights."""

@@ -63,8 +63,10 @@ class RolloutEngine(Protocol):
     policy_version: int | None
     """Version of the weights that are loaded; None before the first sync and while asleep."""
 
-    num_unfinished: int
-    """Requests that `poll` has not returned yet."""
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that `poll` has not returned yet."""
+        ...
 
     def submit(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> None:
         """Queue requests.

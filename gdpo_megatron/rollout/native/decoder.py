@@ -1,8 +1,9 @@
 """The model's forward pass over a KV cache, written out: prefill of prompts, then single tokens.
 
 Row i of the cache belongs to row i of the batch. A row's cache holds its first `lengths[i]`
-positions; what lies beyond is finite and gets no weight. One key/value head serves n/g query heads: for a single
-new token these are laid out as the "sequence" of the attention call, so nothing is repeated.
+positions; what lies beyond is finite and gets no weight. One key/value head serves n/g query heads:
+for a single new token these are laid out as the "sequence" of the attention call, so nothing is
+repeated.
 """
 
 from __future__ import annotations

@@ -125,10 +125,7 @@ class NativeEngine:
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy new weights; see RolloutEngine."""
-        if self._ids:
-            raise RuntimeError(
-                f"{len(self._ids)} requests are unfinished; poll or abort them first"
-            )
+        self._require_idle()
         self.wake()
         assert self._decoder is not None
         self.policy_version = None  # a failed load must not leave a mixture under a version
@@ -137,11 +134,12 @@ class NativeEngine:
 
     def sleep(self) -> None:
         """Free weights and cache."""
-        if self._ids:
-            raise RuntimeError(
-                f"{len(self._ids)} requests are unfinished; poll or abort them first"
-            )
+        self._require_idle()
         self._decoder = self._rows = self.policy_version = None
+
+    def _require_idle(self) -> None:
+        if self._ids:
+            raise RuntimeError(f"{len(self._ids)} requests are unfinished; poll or abort them")
 
     # ---- requests ----------------------------------------------------------------------------
 

@@ -1,3 +1,5 @@
+"""Fixtures of the reward tests."""
+
 from __future__ import annotations
 
 import json
