@@ -74,7 +74,7 @@ class RolloutEngine(Protocol):
         Raises:
             RuntimeError: no weights are loaded.
             ValueError: an id is in use, a prompt leaves no room, or unfinished requests were
-                submitted with other sampling parameters.
+                submitted with other sampling parameters. None of the requests is queued then.
         """
         ...
 
@@ -100,7 +100,11 @@ class RolloutEngine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give memory back: caches and weights. `wake` and a sync must follow before `submit`."""
+        """Give memory back: caches and weights. `wake` and a sync must follow before `submit`.
+
+        Raises:
+            RuntimeError: requests are unfinished.
+        """
         ...
 
     def wake(self) -> None:

@@ -149,16 +149,17 @@ class NativeEngine:
             raise RuntimeError("no weights are loaded; call load_weights first")
         if self._ids and sampling != self._sampling:
             raise ValueError("unfinished requests were submitted with other sampling parameters")
+        ids = set(self._ids)  # nothing is queued unless all of them can be
         for request in requests:
-            if request.request_id in self._ids:
+            if request.request_id in ids:
                 raise ValueError(f"request_id {request.request_id} is in use")
             if not 0 < len(request.prompt_token_ids) < self._max_length:
                 raise ValueError(
                     f"request {request.request_id}: a prompt of {len(request.prompt_token_ids)} "
                     f"tokens does not fit max_sequence_length {self._max_length}"
                 )
-            self._ids.add(request.request_id)
-        self._sampling = sampling
+            ids.add(request.request_id)
+        self._ids, self._sampling = ids, sampling
         self._stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64).to(self._device)
         self._pending.extend(requests)
 
@@ -181,6 +182,7 @@ class NativeEngine:
             else:
                 self._decode_step()
         finished, self._finished = self._finished, []
+        self._ids.difference_update(it.request_id for it in finished)
         return finished
 
     # ---- steps -------------------------------------------------------------------------------
@@ -322,7 +324,6 @@ class NativeEngine:
         reason: FinishReason,
     ) -> None:
         assert self.policy_version is not None
-        self._ids.discard(request.request_id)
         self._finished.append(
             FinishedCompletion(
                 request_id=request.request_id,
