@@ -56,7 +56,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         sum_weights, sum_weighted, target_logit = packed.unbind(0)
         log_sum = sum_weights.log()
         entropy = log_sum - sum_weighted / sum_weights
-        ctx.save_for_backward(logits, local, elsewhere, maximum + log_sum, entropy)
+        # Kept apart: their sum would round log_sum away where logits are large.
+        ctx.save_for_backward(logits, local, elsewhere, maximum, log_sum, entropy)
+        # The gradient of an unused result then comes as None, and its part is not computed.
+        ctx.set_materialize_grads(False)
         ctx.temperature, ctx.num_valid = temperature, num_valid
         return target_logit - log_sum, entropy
 
@@ -64,8 +67,10 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
     ) -> tuple[Tensor, None, None, None, None, None]:
-        logits, local, elsewhere, log_normalizer, entropy = ctx.saved_tensors
-        log_p = _scaled(logits, ctx.temperature, ctx.num_valid) - log_normalizer.unsqueeze(-1)
+        logits, local, elsewhere, maximum, log_sum, entropy = ctx.saved_tensors
+        log_p = _scaled(logits, ctx.temperature, ctx.num_valid)
+        log_p -= maximum.unsqueeze(-1)
+        log_p -= log_sum.unsqueeze(-1)
         p = log_p.exp()
         grad = torch.zeros_like(p)
         if grad_logprobs is not None:
