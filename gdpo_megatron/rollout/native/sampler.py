@@ -19,6 +19,7 @@ def _signed(word: int) -> int:
 
 _ODD_1, _ODD_2 = _signed(0x7FEB352D), _signed(0x846CA68B)
 _POSITION_1, _POSITION_2 = _signed(0x9E3779B1), _signed(0x85EBCA77)
+_WORD_64 = (1 << 64) - 1
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
@@ -34,9 +35,18 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def split_keys(keys: list[int], device: torch.device) -> Tensor:
-    """64-bit noise keys as int32 [n, 2]."""
-    words = [[_signed(key >> 32 & 0xFFFFFFFF), _signed(key & 0xFFFFFFFF)] for key in keys]
+    """64-bit noise keys as int32 [n, 2]; any keys will do, consecutive ones too."""
+    mixed = [_mix_key(key) for key in keys]
+    words = [[_signed(key >> 32), _signed(key & 0xFFFFFFFF)] for key in mixed]
     return torch.tensor(words, dtype=torch.int32, device=device).reshape(-1, 2)
+
+
+def _mix_key(key: int) -> int:
+    """Spread a key's bits over both words (splitmix64); different keys stay different."""
+    key = (key + 0x9E3779B97F4A7C15) & _WORD_64
+    key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & _WORD_64
+    key = (key ^ key >> 27) * 0x94D049BB133111EB & _WORD_64
+    return key ^ key >> 31
 
 
 class KeyedNoise:
