@@ -6,7 +6,6 @@ imports Megatron is imported by the worker, never by the launcher.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,12 @@ import torch
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture, load_architecture
-from gdpo_megatron.conversion.hf_io import HFCheckpoint, RandomWeights, write_hf_folder
+from gdpo_megatron.conversion.hf_io import (
+    HFCheckpoint,
+    RandomWeights,
+    stop_token_ids,
+    write_hf_folder,
+)
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
@@ -87,7 +91,7 @@ class Parts:
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: of the generation config, else of the tokenizer."""
-        return stop_token_ids(self.folder, self.tokenizer)
+        return stop_token_ids(self.folder, self.tokenizer.eos_token_id)
 
     def export(self, model: MegatronModel, folder: Path) -> None:
         """Write a Hugging Face folder; collective."""
@@ -105,19 +109,6 @@ class Parts:
                 save_tokenizer=self.tokenizer.save,
             )
         torch.distributed.barrier()
-
-
-def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Tokens that end a completion of the model in `folder`.
-
-    generation_config.json speaks first: config.json of some models names another token.
-    """
-    path = folder / "generation_config.json"
-    if path.is_file():
-        value = json.loads(path.read_text()).get("eos_token_id")
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (value,)
-    return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
 def build_parts(

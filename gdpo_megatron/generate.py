@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from gdpo_megatron.build import stop_token_ids
 from gdpo_megatron.conversion.architecture import load_architecture
-from gdpo_megatron.conversion.hf_io import HFCheckpoint
+from gdpo_megatron.conversion.hf_io import HFCheckpoint, stop_token_ids
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.data.tokenizer import load_tokenizer
 from gdpo_megatron.distributed.mesh import EngineMesh
@@ -73,5 +72,5 @@ def generate_texts(
         max_concurrent_sequences=len(requests),
     )
     engine.load_weights(((name, reader.get(name)) for name in hf_shapes(arch)), 0)
-    sampling = replace(sampling, stop_token_ids=stop_token_ids(folder, tokenizer))
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(folder, tokenizer.eos_token_id))
     return [done.completion.text for done in generate(engine, requests, sampling)]

@@ -7,20 +7,19 @@ from collections.abc import Mapping
 import torch
 
 from gdpo_megatron.algorithms import LOSS_METRICS, loss_metrics
+from gdpo_megatron.algorithms.diagnostics import DIAGNOSTICS, advantage_diagnostics
+from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.observability.metrics import Combine, declare_metric
 from gdpo_megatron.rollout.runner import RolloutBatch
-from gdpo_megatron.types import AdvantageBatch
+from gdpo_megatron.types import AdvantageBatch, RewardMatrix
 from gdpo_megatron.update import PolicyLoss
 
 
-def step_metrics(
-    batch: RolloutBatch, advantages: AdvantageBatch, rollout_seconds: float
-) -> dict[str, float]:
-    """Metrics of the rollouts, rewards and advantages of a step.
+def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, float]:
+    """Metrics of all rollouts of a step and of their rewards, dropped groups included.
 
     Args:
         batch: the step's rollouts.
-        advantages: what the advantage stage made of them.
         rollout_seconds: wall clock of generation, with the rewards that were waited for.
     """
     lengths = batch.lengths.double()
@@ -35,15 +34,26 @@ def step_metrics(
     }
     for column, name in enumerate(batch.rewards.names):
         values |= {f"reward/{name}/{k}": v for k, v in _reward_metrics(batch, column).items()}
-    a = advantages.advantages
-    values |= {f"advantage/{name}": value for name, value in advantages.stats.items()}
-    values |= {
-        "advantage/distinct_values": float(len(torch.unique((a * 1e6).round()))),
-        "advantage/std": float(a.std()) if len(a) > 1 else 0.0,
-        "advantage/abs_mean": float(a.abs().mean()),
-        "advantage/zero_share": float((a == 0).double().mean()),
-    }
     return values
+
+
+def advantage_metrics(
+    rewards: RewardMatrix,
+    advantages: AdvantageBatch,
+    num_tokens: torch.Tensor,
+    config: AdvantageConfig,
+) -> dict[str, float]:
+    """Metrics of the advantage stage; arguments as in `advantage_diagnostics`."""
+    a = advantages.advantages
+    if not len(a):
+        return {}
+    values = advantage_diagnostics(rewards, advantages, num_tokens, config)
+    values |= {
+        "distinct_values": float(len(torch.unique((a * 1e6).round()))),
+        "std": float(a.std()) if len(a) > 1 else 0.0,
+        "abs_mean": float(a.abs().mean()),
+    }
+    return {f"advantage/{name}": value for name, value in values.items()}
 
 
 def _reward_metrics(batch: RolloutBatch, column: int) -> dict[str, float]:
@@ -85,3 +95,5 @@ def _combine(name: str) -> Combine:
 
 for _name, _info in LOSS_METRICS.items():
     declare_metric(f"update/{_name}", _info.unit, _info.definition, _combine(_name))
+for _name, _info in DIAGNOSTICS.items():
+    declare_metric(f"advantage/{_name}", _info.unit, _info.definition)

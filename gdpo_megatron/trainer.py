@@ -1,6 +1,6 @@
 """GDPO training: the loop, in the order of the paper.
 
-    prompts -> weight sync -> rollouts and rewards -> advantages -> log-probs -> update
+    weight sync -> prompts, rollouts, rewards -> advantages -> log-probs -> update
 
 Everything global is computed once from the whole step's batch and is the same on every rank; only
 tokens are distributed. What each stage does is in the module that it calls.
@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from gdpo_megatron.algorithms import compute_advantages, needs_old_pass, needs_reference
+from gdpo_megatron.algorithms.dynamic_sampling import Refill, decide_groups
 from gdpo_megatron.build import Parts
 from gdpo_megatron.checkpoint import CheckpointManager
 from gdpo_megatron.config.paths import resolve_path
@@ -31,8 +35,8 @@ from gdpo_megatron.observability.timers import PhaseTimers
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
-from gdpo_megatron.step_metrics import step_metrics, update_metrics
-from gdpo_megatron.types import AdvantageBatch, Prompt
+from gdpo_megatron.step_metrics import advantage_metrics, rollout_metrics, update_metrics
+from gdpo_megatron.types import AdvantageBatch, Prompt, RewardMatrix
 from gdpo_megatron.update import (
     PolicyLoss,
     RolloutMicroBatch,
@@ -90,6 +94,7 @@ class GDPOTrainer:
         self.checkpoints = CheckpointManager(
             self.run_dir, keep_last=config.checkpoint.keep_last, mesh=mesh
         )
+        self.refill_metrics: dict[str, float] = {}
         self.step = self.policy_version = 0
         state = self.checkpoints.load_latest(self.policy)
         if state is not None:
@@ -145,14 +150,39 @@ class GDPOTrainer:
 
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step; returns its metrics, and those that a person watches."""
-        config, prompts = self.config, [self.prompts[i] for i in self.sampler.next_batch()]
         with self._phase("weight_sync"):
             self.engine.wake()
             sync_weights(self.policy, self.engine, self.policy_version)
         rollout_began = time.perf_counter()
         with self._phase("rollout"):
+            prompts, batch, kept = self._collect()
+            self.engine.sleep()
+        values = rollout_metrics(batch, time.perf_counter() - rollout_began) | self.refill_metrics
+        with self._phase("advantage"):
+            advantages = self._advantages(batch, kept, values)
+        values |= {"run/policy_version": self.policy_version, "run/epoch": self.sampler.epoch}
+        self._log_rollouts(batch, advantages)
+        values |= self._update(prompts, batch, advantages)
+        summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
+        summary["tokens/s"] = values["rollout/tokens_per_second"]
+        return values, summary
+
+    def _collect(self) -> tuple[list[Prompt], RolloutBatch, list[int]]:
+        """Sample the step's rollouts, in several rounds where groups are filtered.
+
+        Returns:
+            The prompts by group id, all rollouts, and the ids of the groups to train on.
+        """
+        config, dynamic = self.config, self.config.dynamic_sampling
+        filtering = dynamic.filter != "none"
+        refill = Refill(config.rollout.num_prompts_per_step, dynamic.max_rounds if filtering else 1)
+        prompts: list[Prompt] = []
+        rounds: list[RolloutBatch] = []
+        kept: list[int] = []
+        while num_groups := refill.num_wanted():
+            asked = [self.prompts[i] for i in self.sampler.next_batch(num_groups)]
             batch = run_rollouts(
-                prompts,
+                asked,
                 group_size=config.rollout.group_size,
                 sampling=self.sampling,
                 engine=self.engine,
@@ -162,22 +192,50 @@ class GDPOTrainer:
                 seed=config.seed,
                 stream="train",
                 step=self.step,
+                first_group=len(prompts),
                 on_progress=self.display.progress,
                 on_generated=lambda: self.display.phase("reward"),
             )
-            self.engine.sleep()
-        rollout_seconds = time.perf_counter() - rollout_began
-        with self._phase("advantage"):
-            advantages = compute_advantages(
-                batch.rewards, self.advantage_config, batch.lengths, base_dir=self._base_dir
+            prompts += asked
+            rounds.append(batch)
+            if not filtering:
+                return prompts, batch, list(range(num_groups))
+            decision = decide_groups(
+                batch.rewards, dynamic, self.advantage_config, base_dir=self._base_dir
             )
-        values = step_metrics(batch, advantages, rollout_seconds)
-        values |= {"run/policy_version": self.policy_version, "run/epoch": self.sampler.epoch}
-        self._log_rollouts(batch, advantages)
-        values |= self._update(prompts, batch, advantages)
-        summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
-        summary["tokens/s"] = values["rollout/tokens_per_second"]
-        return values, summary
+            kept += refill.add(decision)
+        self.refill_metrics = {
+            f"dynamic_sampling/{name}": value for name, value in refill.metrics().items()
+        }
+        return prompts, RolloutBatch.joined(rounds), kept
+
+    def _advantages(
+        self, batch: RolloutBatch, kept: Sequence[int], values: dict[str, float]
+    ) -> AdvantageBatch:
+        """Advantages of the kept groups, 0 and out of the loss for the others; adds its metrics."""
+        matrix = batch.rewards
+        rows = torch.isin(matrix.group_ids, torch.tensor(kept, dtype=torch.int64)).nonzero()[:, 0]
+        trained = RewardMatrix(
+            matrix.names, matrix.values[rows], matrix.valid[rows], matrix.group_ids[rows]
+        )
+        lengths = batch.lengths[rows]
+        result = compute_advantages(
+            trained, self.advantage_config, lengths, base_dir=self._base_dir
+        )
+        values |= advantage_metrics(trained, result, lengths, self.advantage_config)
+
+        def spread(part: Tensor) -> Tensor:
+            whole = part.new_zeros(len(matrix.group_ids), *part.shape[1:])
+            whole[rows] = part
+            return whole
+
+        return AdvantageBatch(
+            advantages=spread(result.advantages),
+            per_reward=spread(result.per_reward),
+            combined=spread(result.combined),
+            stats=result.stats,
+            loss_rows=spread(result.loss_rows),
+        )
 
     def _update(
         self, prompts: Sequence[Prompt], batch: RolloutBatch, advantages: AdvantageBatch
@@ -282,12 +340,11 @@ class GDPOTrainer:
         if self.parts.mesh.rank != 0 or not count:
             return
         groups = sorted({rollout.group_id for rollout in batch.rollouts.values()})[:count]
-        reasons = None if batch.scores is None else batch.scores.reasons
         write_rollouts(
             self.run_dir,
             self.step + 1,
             {s: r for s, r in batch.rollouts.items() if r.group_id in groups},
-            replace(batch.rewards, reasons=reasons),
+            replace(batch.rewards, reasons=batch.reasons),
             advantages.advantages,
         )
 

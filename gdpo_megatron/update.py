@@ -64,12 +64,10 @@ def plan_minibatches(
         hidden_size: of the model, for the cost of a row.
     """
     plans: list[MinibatchPlan] = []
+    counted = [s for s in range(len(lengths)) if loss_rows[s] and lengths[s]]
+    turn = {group: i for i, group in enumerate(dict.fromkeys(s // group_size for s in counted))}
     for minibatch in range(num_minibatches):
-        samples = [
-            s
-            for s in range(len(lengths))
-            if s // group_size % num_minibatches == minibatch and loss_rows[s] and lengths[s]
-        ]
+        samples = [s for s in counted if turn[s // group_size] % num_minibatches == minibatch]
         costs = [
             sequence_cost(prompt_lengths[s // group_size] + lengths[s], hidden_size)
             for s in samples

@@ -163,10 +163,10 @@ class AdvantageConfig:
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, data: Any) -> Any:
-        given: Any = data.kwargs if isinstance(data, ArgsKwargs) else data
-        if not isinstance(given, dict | None):
+        given: Any = (data.kwargs or {}) if isinstance(data, ArgsKwargs) else data
+        if not isinstance(given, dict):
             return data
-        given = cast(dict[str, Any], given or {})
+        given = cast(dict[str, Any], given)
         filled = {**PRESETS.get(str(given.get("preset", "paper")), {}), **given}
         if "batch_norm" not in given and filled.get("estimator") in _BATCH_NORM_OF:
             filled["batch_norm"] = _BATCH_NORM_OF[filled["estimator"]]

@@ -116,6 +116,20 @@ class RandomWeights:
         return torch.randn(shape, generator=generator) * std
 
 
+def stop_token_ids(folder: Path, tokenizer_eos_id: int | None) -> tuple[int, ...]:
+    """Tokens that end a completion of the model in `folder`.
+
+    generation_config.json speaks first, then the tokenizer: config.json of some models names
+    another token.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        value = json.loads(path.read_text()).get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (value,)
+    return () if tokenizer_eos_id is None else (tokenizer_eos_id,)
+
+
 def write_hf_folder(
     folder: Path,
     tensors: Iterable[tuple[str, Tensor]],

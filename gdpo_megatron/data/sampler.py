@@ -45,12 +45,13 @@ class PromptSampler:
         """Epoch of the next row, from 0."""
         return self._position // self.num_rows
 
-    def next_batch(self) -> list[int]:
-        """Return the next `batch_size` row indices."""
+    def next_batch(self, size: int | None = None) -> list[int]:
+        """Return the next `size` row indices, `batch_size` unless given."""
         batch: list[int] = []
-        while len(batch) < self.batch_size:
+        size = self.batch_size if size is None else size
+        while len(batch) < size:
             start = self._position % self.num_rows
-            rows = self._order[start : start + self.batch_size - len(batch)]
+            rows = self._order[start : start + size - len(batch)]
             batch += rows
             self._position += len(rows)
             if start + len(rows) == self.num_rows:

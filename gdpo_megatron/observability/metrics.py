@@ -99,29 +99,24 @@ METRICS: tuple[Metric, ...] = (
         "rollout/num_tokens / time/rollout_seconds: all engines together, prompts not counted.",
     ),
     Metric(
+        "dynamic_sampling/num_rounds", "rounds", "sum",
+        "Rollout rounds of the step. This and the following only where dynamic_sampling.filter is "
+        "not none.",
+    ),
+    Metric("dynamic_sampling/num_groups_sampled", "groups", "sum", "Groups sampled in all rounds."),
+    Metric("dynamic_sampling/num_groups_kept", "groups", "sum", "Groups that are trained on."),
+    Metric(
+        "dynamic_sampling/num_groups_{reason}", "groups", "sum",
+        "Groups dropped, by reason: surplus (the batch was full), unscored (no valid reward), or "
+        "what the filter in use says.",
+    ),
+    Metric(
         "advantage/distinct_values", "values", "mean",
         "Different advantages in the step, rounded to 6 decimals. The paper's measure: GDPO keeps "
         "apart what the sum of rewards makes equal.",
     ),
     Metric("advantage/std", "1", "mean", "Standard deviation (n - 1) of the advantages."),
     Metric("advantage/abs_mean", "1", "mean", "Mean absolute advantage."),
-    Metric(
-        "advantage/zero_share", "share", "mean",
-        "Share of rollouts with advantage exactly 0: they do not move the policy.",
-    ),
-    Metric("advantage/batch_mean", "1", "mean", "Mean subtracted by the batch stage (eq. 6)."),
-    Metric("advantage/batch_std", "1", "mean", "Std that the batch stage divides by (eq. 6)."),
-    Metric(
-        "advantage/batch_std_floor_active", "0 or 1", "mean",
-        "1 where advantage.batch_std_floor took the place of the std.",
-    ),
-    Metric(
-        "advantage/num_capped", "rollouts", "sum",
-        "Rollouts whose advantage advantage.advantage_cap cut.",
-    ),
-    Metric("advantage/num_rows", "rollouts", "sum", "Rollouts of the step."),
-    Metric("advantage/num_loss_rows", "rollouts", "sum", "Rollouts that count in the loss."),
-    Metric("advantage/num_groups", "groups", "sum", "Groups of the step."),
     Metric(
         "update/loss", "1", "mean",
         "What is minimised, over all ranks: update/policy_loss + loss.kl_coef * update/kl.",

@@ -36,11 +36,11 @@ _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """The B rollouts of a step, rows by sample id; tensors are equal on all ranks.
+    """B rollouts of a step, rows by sample id; tensors are equal on all ranks.
 
     Args:
         rollouts: sample id -> rollout, on the leader of the engine that made it; elsewhere empty.
-        scores: rewards of `rollouts`; None elsewhere.
+        reasons: (sample id, reward name) -> why an entry of `rollouts` has no value.
         lengths: [B] int64, completion tokens.
         finish: [B] int64, index into ("stop", "length", "abort").
         rewards: [B, K] with conditions applied.
@@ -50,13 +50,35 @@ class RolloutBatch:
     """
 
     rollouts: dict[int, Rollout]
-    scores: RewardScores | None
+    reasons: dict[tuple[int, str], str]
     lengths: Tensor
     finish: Tensor
     rewards: RewardMatrix
     raw: Tensor
     not_applicable: Tensor
     replica_of: list[int]
+
+    @classmethod
+    def joined(cls, rounds: Sequence[RolloutBatch]) -> RolloutBatch:
+        """The rounds of a step as one batch, in their order."""
+        if len(rounds) == 1:
+            return rounds[0]
+        matrices = [r.rewards for r in rounds]
+        return cls(
+            rollouts={s: rollout for r in rounds for s, rollout in r.rollouts.items()},
+            reasons={key: why for r in rounds for key, why in r.reasons.items()},
+            lengths=torch.cat([r.lengths for r in rounds]),
+            finish=torch.cat([r.finish for r in rounds]),
+            rewards=RewardMatrix(
+                matrices[0].names,
+                torch.cat([m.values for m in matrices]),
+                torch.cat([m.valid for m in matrices]),
+                torch.cat([m.group_ids for m in matrices]),
+            ),
+            raw=torch.cat([r.raw for r in rounds]),
+            not_applicable=torch.cat([r.not_applicable for r in rounds]),
+            replica_of=[replica for r in rounds for replica in r.replica_of],
+        )
 
     def finish_share(self, reason: FinishReason) -> float:
         """Share of the rollouts that ended for `reason`."""
@@ -90,6 +112,7 @@ def run_rollouts(
     seed: int,
     stream: str,
     step: int,
+    first_group: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_generated: Callable[[], None] = lambda: None,
 ) -> RolloutBatch:
@@ -106,6 +129,7 @@ def run_rollouts(
         seed: of the sampling noise.
         stream: "train" or "eval", part of the noise's key.
         step: part of the noise's key.
+        first_group: number of the first prompt, where a step samples in several rounds.
         on_progress: called with (done, total) completions of this engine.
         on_generated: called when this engine is done and only rewards are waited for.
 
@@ -114,8 +138,9 @@ def run_rollouts(
             are not finite.
     """
     num_samples, version = len(prompts) * group_size, engine.policy_version
+    first = first_group * group_size
     replica_of = [s // group_size % engines.num_replicas for s in range(num_samples)]
-    own = [s for s in range(num_samples) if replica_of[s] == engines.replica]
+    own = [first + s for s in range(num_samples) if replica_of[s] == engines.replica]
     leads = engines.tp_rank == 0
     rollouts: dict[int, Rollout] = {}
     num_done = 0
@@ -136,7 +161,7 @@ def run_rollouts(
             rollout = Rollout(
                 group_id=group,
                 sample_id=result.request_id,
-                prompt=prompts[group],
+                prompt=prompts[group - first_group],
                 completion=result.completion,
                 policy_version=result.policy_version,
             )
@@ -146,7 +171,7 @@ def run_rollouts(
     requests = [
         RolloutRequest(
             request_id=s,
-            prompt_token_ids=prompts[s // group_size].token_ids,
+            prompt_token_ids=prompts[s // group_size - first_group].token_ids,
             noise_key=noise_key(seed, stream, step, s // group_size, s % group_size),
         )
         for s in own
@@ -154,19 +179,21 @@ def run_rollouts(
     generate(engine, requests, sampling, finished)
     on_generated()
     scores = suite.collect() if leads else None
-    return _gather(rollouts, scores, suite.names, num_samples, group_size, replica_of, platform)
+    group_ids = first_group + torch.arange(num_samples) // group_size
+    return _gather(rollouts, scores, suite.names, first, group_ids, replica_of, platform)
 
 
 def _gather(
     rollouts: dict[int, Rollout],
     scores: RewardScores | None,
     names: tuple[str, ...],
-    num_samples: int,
-    group_size: int,
+    first: int,
+    group_ids: Tensor,
     replica_of: list[int],
     platform: Platform,
 ) -> RolloutBatch:
-    ids = sorted(rollouts)
+    ids, num_samples = sorted(rollouts), len(group_ids)
+    rows = [i - first for i in ids]
     facts = torch.tensor(
         [
             (
@@ -186,16 +213,16 @@ def _gather(
     ]
     assert scores is None or scores.sample_ids.tolist() == ids
     device = platform.device
-    facts = gather_by_sample(ids, facts, num_samples, device)
+    facts = gather_by_sample(rows, facts, num_samples, device)
     values, raw, valid, not_applicable = (
-        gather_by_sample(ids, column, num_samples, device) for column in columns
+        gather_by_sample(rows, column, num_samples, device) for column in columns
     )
     return RolloutBatch(
         rollouts=rollouts,
-        scores=scores,
+        reasons={} if scores is None else dict(scores.reasons),
         lengths=facts[:, 0],
         finish=facts[:, 1],
-        rewards=RewardMatrix(names, values, valid, torch.arange(num_samples) // group_size),
+        rewards=RewardMatrix(names, values, valid, group_ids),
         raw=raw,
         not_applicable=not_applicable,
         replica_of=replica_of,
