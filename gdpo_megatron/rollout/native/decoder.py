@@ -67,6 +67,10 @@ class Decoder:
         if old is not None:
             self._cache[:, :, :keep_rows, :, : old.shape[4]] = old[:, :, :keep_rows]
 
+    def drop_cache(self) -> None:
+        """Free the cache; weights that were not finite may have left NaN anywhere in it."""
+        self._cache = None
+
     def move_rows(self, sources: list[int], targets: list[int]) -> None:
         """Copy rows of the cache onto others."""
         if sources:

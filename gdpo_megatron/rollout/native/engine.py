@@ -129,6 +129,7 @@ class NativeEngine:
         self.wake()
         assert self._decoder is not None
         self.policy_version = None  # a failed load must not leave a mixture under a version
+        self._decoder.drop_cache()
         self._decoder.weights.load(tensors)
         self.policy_version = version
 
