@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", default="runs/quickstart", help="folder (runs/quickstart)")
     parser.add_argument("--nproc", type=int, default=2, help="ranks (2)")
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size (1)")
@@ -206,7 +206,7 @@ def _compare_with_transformers(folder: Path, data: Path) -> bool:
     )
     (ours,) = generate_texts(folder, [prompt], sampling, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.tensor([tokenizer.encode(prompt)])
     with torch.no_grad():
         output = model.generate(ids, do_sample=False, max_new_tokens=48)
