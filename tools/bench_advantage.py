@@ -111,7 +111,7 @@ def measure(num_rows: int, num_rewards: int, group_size: int, max_loop_rows: int
 
 def main() -> None:
     """Print the table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time of the advantage stage.")
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--num-rewards", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=8)

@@ -57,7 +57,6 @@ def _shares_of_sum(
         config,
         baseline="mean",
         small_group="zero",
-        constant_test="max_equals_min",
         constant_atol=0.0,
         group_ddof=0,
     )
@@ -67,8 +66,7 @@ def _shares_of_sum(
     # R minus its mean is the sum of what each reward deviates from its own.
     summed = weighted_sum(shares, rewards.weights)[:, None]
     scored = rewards.valid.any(1, keepdim=True)
-    raw_sum = replace(config, small_group="zero") if config.small_group == "raw" else config
-    statistics = group_statistics(summed, scored, groups, raw_sum, ("the weighted sum",))
+    statistics = group_statistics(summed, scored, groups, config, ("the weighted sum",))
     if config.baseline == "leave_one_out":
         shares = shares * groups.expand(leave_one_out_factor(statistics.count))
     shares = torch.where(groups.expand(statistics.live), shares, 0.0)

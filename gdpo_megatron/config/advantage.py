@@ -110,8 +110,9 @@ class AdvantageConfig:
     deviation as it is, which differs only for group_std others (NeMo-RL)."""
 
     group_std: Literal["all", "others"] = "all"
-    """Std over the whole group. With others, under baseline leave_one_out, over the other members
-    (NeMo-RL); needs group_eps_mode positive_only, since a lone success leaves others with std 0."""
+    """Std over the whole group; or, with baseline leave_one_out, over the other members (NeMo-RL;
+    with baseline mean it is all either way). others needs group_eps_mode positive_only, since a
+    lone success leaves others with std 0."""
 
     constant_test: Literal["max_equals_min", "std_positive"] = "max_equals_min"
     """What makes a group constant, hence A_k = 0: max - min <= constant_atol over its valid
@@ -178,6 +179,11 @@ class AdvantageConfig:
             raise ValueError(
                 "group_std 'others' needs group_eps_mode 'positive_only': the others of a lone "
                 "success have std 0, and dividing by eps alone makes it 1/eps times too large"
+            )
+        if self.constant_atol > 0 and self.constant_test != "max_equals_min":
+            raise ValueError(
+                f"constant_atol {self.constant_atol} belongs to constant_test 'max_equals_min', "
+                f"and constant_test is '{self.constant_test}'"
             )
         return self
 

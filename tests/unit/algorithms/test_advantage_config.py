@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -133,10 +134,12 @@ def test_constant_atol(estimator):
     assert quiet == [0.0] * 4
 
 
-def test_std_positive_calls_rounding_constant_where_max_equals_min_does_not():
+@pytest.mark.parametrize("estimator", ["gdpo", "grpo"])
+def test_std_positive_calls_rounding_constant_where_max_equals_min_does_not(estimator):
     values, ids = [0.1 + 0.2, 0.3, 0.3, 0.3], [0] * 4
-    assert combined(values, ids)[0] == pytest.approx(1.5)
-    assert combined(values, ids, constant_test="std_positive") == [0.0] * 4
+    assert combined(values, ids, estimator=estimator)[0] == pytest.approx(1.5)
+    quiet = combined(values, ids, estimator=estimator, constant_test="std_positive")
+    assert quiet == [0.0] * 4
 
 
 @pytest.mark.parametrize(
@@ -249,6 +252,7 @@ def test_sums_that_do_not_vary_are_not_blown_up():
         ({"weights": {"a": math.inf}}, "finite"),
         ({"weights": [1.0, 2.0]}, "dictionary|mapping"),
         ({"group_std": "others"}, "needs group_eps_mode 'positive_only'"),
+        ({"constant_test": "std_positive", "constant_atol": 0.1}, "belongs to constant_test"),
         ({"gd2po": {"snr_threshold": 1.5}}, "snr_threshold"),
     ],
 )
@@ -360,3 +364,25 @@ def test_an_estimator_sees_sorted_groups_and_zeros_where_invalid():
     assert seen[0].values.dtype == torch.float64
     assert seen[0].groups.ids.tolist() == [2, 4]
     assert seen[0].groups.sizes.tolist() == [1, 2]
+
+
+def test_a_spread_whose_square_underflows_is_no_signal():
+    """1e-200 squared is 0: the group cannot be scaled, and must not become infinite."""
+    for estimator in ("gdpo", "grpo"):
+        assert combined([1e-200, 0.0, 0.0], [0] * 3, estimator=estimator) == [0.0] * 3
+
+
+def test_a_large_common_offset_costs_no_digits():
+    plain = combined([0.0, 0.25, 1.0, 0.5], [0] * 4)
+    assert combined([2.0**40, 2.0**40 + 0.25, 2.0**40 + 1, 2.0**40 + 0.5], [0] * 4) == plain
+
+
+def test_the_estimator_in_the_docs_runs(tmp_path):
+    """R = 3, 1, 2, 2 in two groups: the best of each is 1."""
+    docs = Path(__file__).parents[3] / "docs" / "algorithms.md"
+    code = docs.read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "my_estimators.py").write_text(code)
+    config = AdvantageConfig(estimator="./my_estimators.py:best_only", batch_norm="none")
+    rewards = matrix([[1.0, 2.0], [1.0, 0.0], [2.0, 0.0], [0.0, 2.0]], [0, 0, 1, 1])
+    batch = compute_advantages(rewards, config, base_dir=tmp_path)
+    assert batch.advantages.tolist() == [1.0, 0.0, 1.0, 1.0]

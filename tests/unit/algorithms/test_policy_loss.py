@@ -260,7 +260,7 @@ def test_one_large_micro_batch_is_many_small_ones_on_any_ranks(objective, aggreg
             terms = policy_loss_terms(**part, config=config)
             terms.token_loss.sum().backward()
             gradient[rows] = part["logprobs"].grad
-            loss += float(terms.token_loss.sum())
+            loss += float(terms.token_loss.detach().sum())
             for name, value in terms.sums.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             for name, value in terms.maxima.items():
