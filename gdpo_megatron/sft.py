@@ -99,10 +99,6 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
             num_tokens = sum(len(r.completion_ids) for r in batch)
             stats = policy.update(micro_batches, CrossEntropy(num_tokens), temperature=1.0)
             step += 1
-            stopping = interrupt.agreed()
-            if stopping or step == train.num_steps or (interval and step % interval == 0):
-                display.phase("checkpoint")
-                checkpoints.save(step, policy, {"sampler": sampler.state_dict()})
             seconds = time.perf_counter() - began
             logger.log(
                 step,
@@ -115,6 +111,10 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
                     "run/epoch": sampler.epoch,
                 },
             )
+            stopping = interrupt.agreed()
+            if stopping or step == train.num_steps or (interval and step % interval == 0):
+                display.phase("checkpoint")
+                checkpoints.save(step, policy, {"sampler": sampler.state_dict()})
             display.step_done(step, {"loss": stats["loss"], "tokens/s": num_tokens / seconds})
         if step == train.num_steps and config.checkpoint.export_hf:
             display.phase("export")

@@ -8,6 +8,7 @@ tokens are distributed. What each stage does is in the module that it calls.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,6 +96,7 @@ class GDPOTrainer:
             self.run_dir, keep_last=config.checkpoint.keep_last, mesh=mesh
         )
         self.refill_metrics: dict[str, float] = {}
+        self._faulty_rewards: set[str] = set()
         self.step = self.policy_version = 0
         state = self.checkpoints.load_latest(self.policy)
         if state is not None:
@@ -127,14 +129,15 @@ class GDPOTrainer:
                 self.step += 1
                 if train.eval_interval and self.step % train.eval_interval == 0:
                     values |= self._evaluate()
+                values |= {f"time/{name}_seconds": s for name, s in self.timers.take().items()}
+                values["time/step_seconds"] = time.perf_counter() - began
+                # Logged before it is saved: a step that a resumed run does not repeat is on record.
+                self.metrics.log(self.step, values)
                 stopping = self.interrupt.agreed()
                 last = stopping or self.step == train.num_steps
                 if last or (save_interval and self.step % save_interval == 0):
                     self._save()
                     saved_step = self.step
-                values |= {f"time/{name}_seconds": s for name, s in self.timers.take().items()}
-                values["time/step_seconds"] = time.perf_counter() - began
-                self.metrics.log(self.step, values)
                 self.display.step_done(self.step, summary)
             complete = self.step == train.num_steps
             if complete and self.config.checkpoint.export_hf:
@@ -162,6 +165,7 @@ class GDPOTrainer:
             advantages = self._advantages(batch, kept, values)
         values |= {"run/policy_version": self.policy_version, "run/epoch": self.sampler.epoch}
         self._log_rollouts(batch, advantages)
+        self._report_faults(batch)
         values |= self._update(prompts, batch, advantages)
         summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
         summary["tokens/s"] = values["rollout/tokens_per_second"]
@@ -347,6 +351,17 @@ class GDPOTrainer:
             replace(batch.rewards, reasons=batch.reasons),
             advantages.advantages,
         )
+
+    def _report_faults(self, batch: RolloutBatch) -> None:
+        """Show the first traceback of each reward that raises, once a run."""
+        for name, traceback in batch.tracebacks.items():
+            if name not in self._faulty_rewards:
+                self._faulty_rewards.add(name)
+                print(
+                    f"reward '{name}' raised; such rollouts have no value of it\n{traceback}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def _display(self, title: str, start: int) -> ProgressDisplay:
         return ProgressDisplay(

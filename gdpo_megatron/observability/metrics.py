@@ -147,7 +147,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "time/{phase}_seconds", "s", "sum",
-        "Wall clock of a phase on rank 0; that of a phase within it is counted in both.",
+        "Wall clock of a phase on rank 0; that of a phase within it is counted in both, that of "
+        "saving a checkpoint in the step after it.",
     ),
     Metric(
         "run/policy_version", "optimizer steps", "last",

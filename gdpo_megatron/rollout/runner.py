@@ -41,6 +41,7 @@ class RolloutBatch:
     Args:
         rollouts: sample id -> rollout, on the leader of the engine that made it; elsewhere empty.
         reasons: (sample id, reward name) -> why an entry of `rollouts` has no value.
+        tracebacks: reward name -> that of the first of `rollouts` on which it raised.
         lengths: [B] int64, completion tokens.
         finish: [B] int64, index into ("stop", "length", "abort").
         rewards: [B, K] with conditions applied.
@@ -51,6 +52,7 @@ class RolloutBatch:
 
     rollouts: dict[int, Rollout]
     reasons: dict[tuple[int, str], str]
+    tracebacks: dict[str, str]
     lengths: Tensor
     finish: Tensor
     rewards: RewardMatrix
@@ -67,6 +69,7 @@ class RolloutBatch:
         return cls(
             rollouts={s: rollout for r in rounds for s, rollout in r.rollouts.items()},
             reasons={key: why for r in rounds for key, why in r.reasons.items()},
+            tracebacks={n: t for r in reversed(rounds) for n, t in r.tracebacks.items()},
             lengths=torch.cat([r.lengths for r in rounds]),
             finish=torch.cat([r.finish for r in rounds]),
             rewards=RewardMatrix(
@@ -220,6 +223,7 @@ def _gather(
     return RolloutBatch(
         rollouts=rollouts,
         reasons={} if scores is None else dict(scores.reasons),
+        tracebacks={} if scores is None else dict(scores.tracebacks),
         lengths=facts[:, 0],
         finish=facts[:, 1],
         rewards=RewardMatrix(names, values, valid, group_ids),
