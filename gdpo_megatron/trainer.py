@@ -219,8 +219,13 @@ class GDPOTrainer:
         """Advantages of the kept groups, 0 and out of the loss for the others; adds its metrics."""
         matrix = batch.rewards
         rows = torch.isin(matrix.group_ids, torch.tensor(kept, dtype=torch.int64)).nonzero()[:, 0]
+        row_of = {sample: row for row, sample in enumerate(rows.tolist())}
         trained = RewardMatrix(
-            matrix.names, matrix.values[rows], matrix.valid[rows], matrix.group_ids[rows]
+            matrix.names,
+            matrix.values[rows],
+            matrix.valid[rows],
+            matrix.group_ids[rows],
+            {(row_of[s], name): why for (s, name), why in batch.reasons.items() if s in row_of},
         )
         lengths = batch.lengths[rows]
         result = compute_advantages(

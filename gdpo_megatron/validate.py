@@ -175,6 +175,11 @@ def _run(config: RLConfig, job: str) -> list[str]:
             f"rollout.group_size is {rollout.group_size}: a group of one has no advantage; "
             "use 2 or more"
         )
+    if config.advantage.group_ddof >= rollout.group_size:
+        problems.append(
+            f"advantage.group_ddof {config.advantage.group_ddof} must be below "
+            f"rollout.group_size {rollout.group_size}"
+        )
     if train.num_minibatches_per_step > rollout.num_prompts_per_step:
         problems.append(
             f"train.num_minibatches_per_step {train.num_minibatches_per_step} is more than "

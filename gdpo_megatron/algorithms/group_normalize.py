@@ -120,6 +120,7 @@ def _scale_by_others(
     statistics: GroupStatistics, groups: Groups, config: AdvantageConfig
 ) -> Tensor:
     """Std over the other members (NeMo-RL); a member whose others are constant keeps factor 1."""
+    assert config.group_eps_mode == "positive_only", "the config refuses other modes with others"
     count = groups.expand(statistics.count)
     all_squares = groups.expand(statistics.square_sum)
     # The deviation is from the others' mean, n/(n-1) times that from the whole mean.
