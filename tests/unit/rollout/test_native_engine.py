@@ -272,6 +272,29 @@ def test_rows_that_are_done_are_not_decoded(gqa: Path, monkeypatch: pytest.Monke
         assert max(decoded) <= rows
 
 
+def test_waiting_requests_enter_as_rows_become_free(gqa: Path, monkeypatch: pytest.MonkeyPatch):
+    """One long completion, and 70 short ones that pass through the other rows beside it."""
+    free = run(native_engine(gqa), [request(0, (5,))], greedy(60))[0].token_ids
+    stop = next(t for t in range(3, 300) if t not in free)
+    engine = native_engine(gqa, max_concurrent_sequences=8)
+    draw = engine._draw
+
+    def short_ones_stop(logits: Tensor, rows: slice) -> None:
+        is_short = [bool(a.request.request_id) for a in engine._active[rows]]
+        logits[torch.tensor(is_short)] = torch.nn.functional.one_hot(
+            torch.tensor(stop), logits.shape[1]
+        ).float()
+        draw(logits, rows)
+
+    monkeypatch.setattr(engine, "_draw", short_ones_stop)
+    requests = [request(i, (5,)) for i in range(71)]
+    engine.submit(requests, greedy(60, stop_token_ids=(stop,)))
+    order: list[int] = []
+    while engine.num_unfinished:
+        order += [it.request_id for it in engine.poll()]
+    assert order[-1] == 0, "the short ones waited for the long one"
+
+
 def test_equal_prompts_that_enter_together_are_prefilled_once(
     gqa: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -391,6 +414,39 @@ def test_stop_strings_of_several_rows_are_matched_each_for_itself(gqa: Path):
             assert it.token_ids == free[i].token_ids[:expected]
             assert it.finish_reason == ("length" if expected is None else "stop")
         assert len({len(it.token_ids) for it in done.values()}) > 3
+
+
+def test_half_a_stop_string_moves_with_its_row(gqa: Path):
+    """Row 1 takes the place of row 0, which ends, between the two tokens of its stop string."""
+    tokenizer = load_tokenizer(gqa)
+    requests = [request(i, prompt) for i, prompt in enumerate(make_prompts(40, seed=12))]
+    free = {
+        i: it.token_ids
+        for i, it in run(native_engine(gqa), requests, greedy(12, temperature=1.0)).items()
+    }
+    tried = 0
+    for moving, tokens in free.items():
+        for where in range(1, 11):
+            pair = [tokenizer.decode([t]) for t in tokens[where : where + 2]]
+            stop = pair[0][-1:] + pair[1][:1]
+            if len(stop) < 2 or not stop.isascii() or stop in tokenizer.decode(tokens[: where + 1]):
+                continue
+            # Who ends at that very token, and whose last token does not end the moving one.
+            leaving = next(
+                i
+                for i, other in free.items()
+                if other.index(other[where]) == where
+                and other[where] not in tokens[: where + 2]
+                and stop not in tokenizer.decode(other[: where + 1])
+            )
+            sampling = greedy(
+                12, temperature=1.0, stop=(stop,), stop_token_ids=(free[leaving][where],)
+            )
+            done = run(native_engine(gqa), [requests[leaving], requests[moving]], sampling)
+            assert done[leaving].token_ids == free[leaving][: where + 1]
+            assert done[moving].token_ids == tokens[: where + 2]
+            tried += 1
+    assert tried > 5
 
 
 def test_a_stop_string_in_the_prompt_ends_nothing(gqa: Path):
