@@ -8,6 +8,7 @@ then over data-parallel ranks. No layout and no split can change what is compute
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -126,27 +127,41 @@ class MegatronPolicy(MegatronModel):
         reported = self.run_schedule(micro_batches, on_logits, forward_only=False)
         stats = self._reduce_stats(reported, loss_fn)
         stats["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        outcome: Any = self.optimizer.step()
-        stats["grad_norm"] = float(outcome[1])
-        if not torch.isfinite(torch.tensor(stats["grad_norm"])):
+        stats["grad_norm"] = self._clip_gradients()
+        if not math.isfinite(stats["grad_norm"]):
             raise FloatingPointError(
                 f"gradient norm is {stats['grad_norm']}; loss statistics: {stats}"
             )
+        self.optimizer.step_with_ready_grads()
         self.scheduler.step(1)
         return stats
+
+    def _clip_gradients(self) -> float:
+        """Scale the gradients down to the largest norm allowed; returns the norm they had.
+
+        The part of Megatron's `step()` that comes before the weights change, which by itself goes
+        on with a gradient that is not finite.
+        """
+        optimizer: Any = self.optimizer
+        optimizer.prepare_grads()
+        max_norm = optimizer.config.clip_grad
+        return float(optimizer.clip_grad_norm(max_norm) if max_norm else optimizer.get_grad_norm())
 
     def _reduce_stats(
         self, reported: Sequence[Mapping[str, Tensor]], loss_fn: LossFn
     ) -> dict[str, float]:
         """Add up over micro-batches and ranks; only one TP rank of each last stage speaks."""
-        sums = torch.zeros(len(loss_fn.sums), dtype=torch.float64)
-        maxima = torch.full((len(loss_fn.maxima),), float("-inf"), dtype=torch.float64)
+        device = self.platform.device
+        sums = torch.zeros(len(loss_fn.sums), dtype=torch.float64, device=device)
+        maxima = torch.full(
+            (len(loss_fn.maxima),), float("-inf"), dtype=torch.float64, device=device
+        )
         if self.mesh.tp_rank == 0:
             for stats in reported:
-                sums += torch.tensor([float(stats[name]) for name in loss_fn.sums]).double()
-                own = torch.tensor([float(stats[name]) for name in loss_fn.maxima]).double()
-                maxima = torch.maximum(maxima, own)
-        sums, maxima = sums.to(self.platform.device), maxima.to(self.platform.device)
+                sums += torch.stack([stats[name].double() for name in loss_fn.sums])
+                if loss_fn.maxima:
+                    own = torch.stack([stats[name].double() for name in loss_fn.maxima])
+                    maxima = torch.maximum(maxima, own)
         dist.all_reduce(sums)
         if loss_fn.maxima:
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
