@@ -26,7 +26,7 @@ TAIL = 4000
 
 
 def run_ranks(
-    task: str, world_size: int, folder: Path, *, timeout: float = 150.0, **arguments: Any
+    task: str, world_size: int, folder: Path, *, timeout: float = 300.0, **arguments: Any
 ) -> list[Any]:
     """Call `task` on every rank of a new process group.
 
@@ -82,8 +82,9 @@ def _report(task: str, status: int | None, folder: Path, output: Path) -> str:
     errors = sorted(folder.glob("rank_*.error"), key=lambda path: path.stat().st_mtime)
     shown = [f"{path.stem}:\n{path.read_text()}" for path in errors if path.stat().st_size]
     outcome = "did not end" if status is None else f"ended with status {status}"
-    tail = output.read_text(errors="replace")[-TAIL:]
-    return "\n".join([f"{task}: torchrun {outcome}", *shown, "output of all ranks, end:", tail])
+    if not shown:
+        shown = ["output of all ranks, end:", output.read_text(errors="replace")[-TAIL:]]
+    return "\n".join([f"{task}: torchrun {outcome}; {folder}", *shown])
 
 
 def _rank_main(task: str, folder: Path, timeout: float) -> None:

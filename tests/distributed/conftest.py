@@ -1,0 +1,44 @@
+"""Tiny models and what plain torch makes of them, once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import plain_torch
+import pytest
+from tiny_llama import MODELS, make_rollouts, write_models
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the models in tiny_llama.py."""
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(models: Path) -> dict[str, dict[str, Any]]:
+    """For each model: log-probs of transformers, and the updates of plain_torch.py."""
+    rollouts = make_rollouts()
+    return {
+        name: {
+            "logprobs": plain_torch.all_logprobs(plain_torch.load(models / name), rollouts),
+            **plain_torch.updates(models / name, models / f"{name}_reference", rollouts),
+        }
+        for name in MODELS
+    }
+
+
+@pytest.fixture(scope="session")
+def engine_logprobs(plain: dict[str, dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """What the engine is said to have had: the model's log-probs with noise, by sample."""
+    noise = make_rollouts().rollout_noise
+    return {
+        name: [
+            [x + e for x, e in zip(row.tolist(), errors, strict=True)]
+            for row, errors in zip(results["logprobs"], noise, strict=True)
+        ]
+        for name, results in plain.items()
+    }

@@ -1,0 +1,176 @@
+"""Import, log-probs, three updates and export of a tiny model in a layout, on this rank."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gdpo_megatron.platform import Platform, detect_platform
+
+platform: Platform = detect_platform()
+platform.prepare_megatron()
+
+import rank_mutants  # noqa: E402
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from tiny_llama import (  # noqa: E402
+    GROUP_SIZE,
+    LOSS,
+    MAX_LENGTH,
+    MICRO_BATCH_SIZE,
+    NUM_MINIBATCHES,
+    OPTIMIZER,
+    TEMPERATURE,
+    Rollouts,
+    make_rollouts,
+)
+
+from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig  # noqa: E402
+from gdpo_megatron.conversion.architecture import load_architecture  # noqa: E402
+from gdpo_megatron.conversion.hf_io import HFCheckpoint  # noqa: E402
+from gdpo_megatron.data.batching import (  # noqa: E402
+    collect_token_values,
+    make_micro_batches,
+    place_token_values,
+)
+from gdpo_megatron.distributed import mesh as meshes  # noqa: E402
+from gdpo_megatron.distributed.mesh import Mesh  # noqa: E402
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy  # noqa: E402
+from gdpo_megatron.policy.model import MegatronModel  # noqa: E402
+from gdpo_megatron.update import (  # noqa: E402
+    MinibatchPlan,
+    PolicyLoss,
+    RolloutMicroBatch,
+    plan_minibatches,
+    rollout_micro_batches,
+)
+
+
+@contextmanager
+def in_layout(tp: int = 1, pp: int = 1, stages: str | None = None) -> Iterator[dict[str, Any]]:
+    """The constructor arguments of a model in a layout; several can follow each other."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        pipeline_model_parallel_layout=stages,
+    )
+    mesh = meshes.initialize(parallel, platform)
+    yield {"parallel": parallel, "mesh": mesh, "platform": platform}
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+
+
+def run(models: str, cases: list[dict[str, Any]], engine: list[Any]) -> list[dict[str, Any]]:
+    """Run cases one after the other.
+
+    Args:
+        models: folder of the models.
+        cases: each with "model", "layout" (arguments of `in_layout`), "dtype", "mutant" and the
+            number of "updates".
+        engine: for each model, the log-probs that the engine is said to have had, by sample.
+    """
+    results = []
+    for case in cases:
+        with in_layout(**case["layout"]) as layout, rank_mutants.MUTANTS[case["mutant"]]():
+            results.append(_case(Path(models), case, layout, engine[case["model"]]))
+    return results
+
+
+def _case(
+    folder: Path, case: dict[str, Any], layout: dict[str, Any], engine: list[list[float]]
+) -> dict[str, Any]:
+    mesh, rollouts = layout["mesh"], make_rollouts()
+    arch = load_architecture(folder / case["model"])
+    layout = {
+        **layout,
+        "precision": PrecisionConfig(params_dtype=case["dtype"]),
+        "max_sequence_length": MAX_LENGTH,
+    }
+    reader = HFCheckpoint(folder / case["model"], arch)
+    policy = MegatronPolicy(
+        arch, optimizer=OPTIMIZER, total_updates=3, make_reader=lambda: reader, **layout
+    )
+    reference = MegatronModel(arch, **layout)
+    reference.load_hf(HFCheckpoint(folder / f"{case['model']}_reference", arch))
+    reference.module.eval().requires_grad_(False)
+    exported = [(name, tensor.clone()) for name, tensor in policy.hf_tensors()]
+    plans = plan_minibatches(
+        rollouts.loss_rows,
+        [len(prompt.token_ids) for prompt in rollouts.prompts],
+        rollouts.lengths,
+        group_size=GROUP_SIZE,
+        num_minibatches=NUM_MINIBATCHES,
+        dp_size=mesh.dp_size,
+        hidden_size=arch.hidden_size,
+    )
+    result: dict[str, Any] = {
+        "names": [name for name, _ in exported],
+        "changed": [
+            name for name, x in exported if not torch.equal(x, reader.get(name).to(x.dtype))
+        ],
+        "logprobs": _logprobs(policy, rollouts, mesh),
+        "rows_of_ranks": [[len(ids) for ids in plan.samples] for plan in plans],
+    }
+    result["steps"] = _updates(policy, reference, plans[: case["updates"]], rollouts, engine, mesh)
+    result["logprobs_after"] = _logprobs(policy, rollouts, mesh)
+    weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
+    result["weights"] = weights if mesh.rank == 0 else {}
+    return result
+
+
+def _logprobs(policy: MegatronModel, rollouts: Rollouts, mesh: Mesh) -> dict[int, list[float]]:
+    """Sample -> log-probs of its completion, of this data-parallel rank's samples."""
+    samples = list(range(len(rollouts.completions)))[mesh.dp_rank :: mesh.dp_size]
+    batches = make_micro_batches(
+        [rollouts.row(s) for s in samples], micro_batch_size=3, min_micro_batches=1
+    )
+    values = [v for v in policy.logprobs(batches, TEMPERATURE) if v is not None]
+    if not mesh.is_last_stage:
+        assert not values
+        return {}
+    rows = collect_token_values(values, batches, len(samples))
+    return {s: row.tolist() for s, row in zip(samples, rows, strict=True)}
+
+
+def _updates(
+    policy: MegatronPolicy,
+    reference: MegatronModel,
+    plans: list[MinibatchPlan],
+    rollouts: Rollouts,
+    engine: list[list[float]],
+    mesh: Mesh,
+) -> list[dict[str, float]]:
+    """One optimizer step per minibatch, the way the trainer does it."""
+    tokens = {s: (ids, engine[s]) for s, ids in enumerate(rollouts.completions)}
+    minibatches: list[list[RolloutMicroBatch]] = []
+    for plan in plans:
+        batches = rollout_micro_batches(
+            plan,
+            tokens,
+            rollouts.prompts,
+            rollouts.advantages,
+            group_size=GROUP_SIZE,
+            micro_batch_size=MICRO_BATCH_SIZE,
+            mesh=mesh,
+        )
+        noise = [rollouts.old_noise[s] for s in plan.samples[mesh.dp_rank]]
+        old = policy.logprobs(batches, TEMPERATURE)
+        old = [
+            None if x is None else x + place_token_values(noise, b)
+            for x, b in zip(old, batches, strict=True)
+        ]
+        ref = reference.logprobs(batches, TEMPERATURE)
+        minibatches.append(
+            [
+                replace(b, old_logprobs=x, ref_logprobs=y)
+                for b, x, y in zip(batches, old, ref, strict=True)
+            ]
+        )
+    return [
+        policy.update(batches, PolicyLoss(LOSS, plan, MAX_LENGTH), temperature=TEMPERATURE)
+        for plan, batches in zip(plans, minibatches, strict=True)
+    ]

@@ -1,0 +1,149 @@
+"""Errors that a comparison of layouts must see, as context managers by name.
+
+Each is a mistake that runs without complaint: wrong denominators, reductions, attributes, rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+from tiny_llama import make_rollouts
+
+from gdpo_megatron.conversion import mapping
+from gdpo_megatron.policy import megatron_policy, model
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+from gdpo_megatron.policy.model import MegatronModel
+from gdpo_megatron.update import PolicyLoss
+
+
+@contextmanager
+def _after(cls: type, method: str, action: Callable[[Any], None]) -> Iterator[None]:
+    """Call `action(self)` whenever `method` of `cls` has run."""
+    original = getattr(cls, method)
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outcome = original(self, *args, **kwargs)
+        action(self)
+        return outcome
+
+    with mock.patch.object(cls, method, wrapped):
+        yield
+
+
+@contextmanager
+def denominator_of_rank() -> Iterator[None]:
+    """Each data-parallel rank divides by its own tokens."""
+    from megatron.core import parallel_state
+
+    lengths = make_rollouts().lengths
+    original = PolicyLoss.__init__
+
+    def init(self: PolicyLoss, config: Any, plan: Any, *rest: Any) -> None:
+        own = plan.samples[parallel_state.get_data_parallel_rank()]
+        original(self, config, replace(plan, num_loss_tokens=sum(lengths[s] for s in own)), *rest)
+
+    with mock.patch.object(PolicyLoss, "__init__", init):
+        yield
+
+
+def mean_over_ranks() -> AbstractContextManager[None]:
+    """Gradients are averaged over data-parallel ranks, though the loss is divided already."""
+
+    def scale(policy: MegatronPolicy) -> None:
+        for group in policy.ddp.bucket_groups:
+            for bucket in group.buckets:
+                bucket.gradient_scaling_factor = 1.0 / policy.mesh.dp_size
+
+    return _after(MegatronPolicy, "__init__", scale)
+
+
+def no_reduction_over_ranks() -> AbstractContextManager[None]:
+    """Gradients stay on their data-parallel rank."""
+
+    def cut(policy: MegatronPolicy) -> None:
+        policy.ddp.finish_grad_sync = lambda *args, **kwargs: None
+
+    return _after(MegatronPolicy, "__init__", cut)
+
+
+@contextmanager
+def first_and_last_layer_swapped() -> Iterator[None]:
+    """Stages hold each other's layers, at import and export alike."""
+
+    def rows(arch: Any) -> list[mapping.Row]:
+        right = mapping.mapping_rows(arch)
+        by_layer = {(row.layer, row.megatron): row for row in right}
+        other = {0: arch.num_layers - 1, arch.num_layers - 1: 0}
+        return [
+            replace(row, hf=by_layer[other.get(row.layer, row.layer), row.megatron].hf)
+            for row in right
+        ]
+
+    with mock.patch.object(model, "mapping_rows", rows):
+        yield
+
+
+def no_tensor_parallel_attributes() -> AbstractContextManager[None]:
+    """Shards count as copies, so the gradient norm leaves out all but the first rank's."""
+
+    def clear(built: MegatronModel) -> None:
+        for parameter in built.gpt.parameters():
+            parameter.tensor_model_parallel = False
+
+    return _after(MegatronModel, "__init__", clear)
+
+
+def embedding_copies_apart() -> AbstractContextManager[None]:
+    """The two copies of a tied embedding on the first and last stage learn separately."""
+    # The package hides the module behind the function of the same name.
+    finalize = importlib.import_module("megatron.core.distributed.finalize_model_grads")
+    return mock.patch.object(finalize, "_allreduce_word_embedding_grads", lambda *args: None)
+
+
+def padding_in_softmax() -> AbstractContextManager[None]:
+    """The padded vocabulary's columns get a part of the probability."""
+    original = model.logprobs_and_entropy
+
+    def padded(logits: Any, targets: Any, *, vocab_size: int, **rest: Any) -> Any:
+        return original(logits, targets, vocab_size=192, **rest)
+
+    return mock.patch.object(model, "logprobs_and_entropy", padded)
+
+
+def every_rank_speaks() -> AbstractContextManager[None]:
+    """Statistics are added over TP ranks, which all have the same."""
+    return mock.patch.object(
+        megatron_policy.MegatronPolicy,
+        "_reduce_stats",
+        _reduce_over_all(megatron_policy.MegatronPolicy._reduce_stats),
+    )
+
+
+def _reduce_over_all(original: Callable[..., dict[str, float]]) -> Callable[..., dict[str, float]]:
+    def reduce(self: MegatronPolicy, reported: Any, loss_fn: Any) -> dict[str, float]:
+        mesh = self.mesh
+        self.mesh = replace(mesh, tp_rank=0)
+        try:
+            return original(self, reported, loss_fn)
+        finally:
+            self.mesh = mesh
+
+    return reduce
+
+
+MUTANTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
+    None: nullcontext,
+    "denominator_of_rank": denominator_of_rank,
+    "mean_over_ranks": mean_over_ranks,
+    "no_reduction_over_ranks": no_reduction_over_ranks,
+    "first_and_last_layer_swapped": first_and_last_layer_swapped,
+    "no_tensor_parallel_attributes": no_tensor_parallel_attributes,
+    "embedding_copies_apart": embedding_copies_apart,
+    "padding_in_softmax": padding_in_softmax,
+    "every_rank_speaks": every_rank_speaks,
+}
