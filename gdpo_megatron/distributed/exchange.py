@@ -56,7 +56,7 @@ def exchange_tokens(
         completions: sample id -> (token ids, log-probs), on the leader of the engine that made it.
         lengths: [B] completion lengths, equal on all ranks.
         replica_of: [B] engine replica that made each sample.
-        dp_rank_of: [B] data-parallel rank that trains on it.
+        dp_rank_of: [B] data-parallel rank that trains on it; -1 for none, it is not sent.
         mesh: the trainer's mesh.
         engines: the engines' mesh.
         device: where the collective runs.
@@ -69,6 +69,8 @@ def exchange_tokens(
     outgoing: list[list[int]] = [[] for _ in range(mesh.world_size)]
     incoming: list[list[int]] = [[] for _ in range(mesh.world_size)]
     for sample, (replica, dp_rank) in enumerate(zip(replica_of, dp_rank_of, strict=True)):
+        if dp_rank < 0:
+            continue
         if engines.leader(replica) == mesh.rank:
             for rank in mesh.trainer_ranks(dp_rank):
                 outgoing[rank].append(sample)
