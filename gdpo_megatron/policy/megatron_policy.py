@@ -188,4 +188,5 @@ class MegatronPolicy(MegatronModel):
         """Take over what `sharded_state_dict` of a saved run held."""
         self.gpt.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.num_steps = 0  # it adds the steps that it loads to its own
         self.scheduler.load_state_dict(state["scheduler"])
