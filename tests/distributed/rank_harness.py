@@ -26,7 +26,7 @@ TAIL = 4000
 
 
 def run_ranks(
-    task: str, world_size: int, folder: Path, *, timeout: float = 300.0, **arguments: Any
+    task: str, world_size: int, folder: Path, /, *, timeout: float = 300.0, **arguments: Any
 ) -> list[Any]:
     """Call `task` on every rank of a new process group.
 
