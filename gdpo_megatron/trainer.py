@@ -155,7 +155,7 @@ class GDPOTrainer:
         """Take one step; returns its metrics, and those that a person watches."""
         with self._phase("weight_sync"):
             self.engine.wake()
-            sync_weights(self.policy, self.engine, self.policy_version)
+            sync = sync_weights(self.policy, self.engine, self.policy_version)
         rollout_began = time.perf_counter()
         with self._phase("rollout"):
             prompts, batch, kept = self._collect()
@@ -163,10 +163,13 @@ class GDPOTrainer:
         values = rollout_metrics(batch, time.perf_counter() - rollout_began) | self.refill_metrics
         with self._phase("advantage"):
             advantages = self._advantages(batch, kept, values)
-        values |= {"run/policy_version": self.policy_version, "run/epoch": self.sampler.epoch}
+        values |= {"run/policy_version": sync.policy_version, "run/epoch": self.sampler.epoch}
+        values["weight_sync/num_bytes"] = sync.num_bytes
         self._log_rollouts(batch, advantages)
         self._report_faults(batch)
         values |= self._update(prompts, batch, advantages)
+        memory = self.parts.platform.memory_stats()
+        values |= {f"memory/{kind}_bytes": amount for kind, amount in memory.items()}
         summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
         summary["tokens/s"] = values["rollout/tokens_per_second"]
         return values, summary

@@ -151,6 +151,14 @@ METRICS: tuple[Metric, ...] = (
         "saving a checkpoint in the step after it.",
     ),
     Metric(
+        "weight_sync/num_bytes", "bytes", "last",
+        "Weights given to the engines in a sync, each tensor counted once and whole.",
+    ),
+    Metric(
+        "memory/{kind}_bytes", "bytes", "last",
+        "Peak memory of rank 0 since it started: host_peak on CPU, device_peak on GPU.",
+    ),
+    Metric(
         "run/policy_version", "optimizer steps", "last",
         "Version of the weights that made the step's rollouts.",
     ),
