@@ -8,6 +8,8 @@ interrupted and saved: the same command goes on.
 from __future__ import annotations
 
 import argparse
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from gdpo_megatron.config.help import describe
 from gdpo_megatron.config.loader import load_config
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.errors import InputError
+from gdpo_megatron.launch import INTERRUPTED, LaunchOptions, run
 
 _JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], str]] = {
     "train": (RLConfig, "train with GDPO, or another estimator"),
@@ -76,10 +79,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no positive integer")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -96,11 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for problem in error.problems:
             print(f"gdpo-megatron: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)  # before any rank was started
 
 
 def _run_job(options: argparse.Namespace, overrides: list[str]) -> int:
-    from gdpo_megatron.launch import LaunchOptions, run
-
     root, summary = _JOBS[options.command]
     if options.help:
         print(_job_help(options.command, summary, root))
@@ -110,14 +112,7 @@ def _run_job(options: argparse.Namespace, overrides: list[str]) -> int:
     path = Path(options.config)
     if not path.is_file():
         raise InputError(f"no config file {path}")
-    if options.nnodes > 1 and options.rdzv_endpoint is None:
-        raise InputError("--nnodes above 1 needs --rdzv-endpoint HOST:PORT of the first node")
-    launch = LaunchOptions(
-        nproc=options.nproc,
-        nnodes=options.nnodes,
-        node_rank=options.node_rank,
-        rdzv_endpoint=options.rdzv_endpoint,
-    )
+    launch = _launch_options(options)
     config = load_config(root, path, overrides)
     from gdpo_megatron.run_folder import record_config
     from gdpo_megatron.validate import validate
@@ -127,7 +122,23 @@ def _run_job(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.command != "eval" and options.node_rank in (None, 0):
         for line in record_config(config, base_dir):
             print(line)
-    return run(launch, [options.command, str(path), *overrides])
+    return run(launch, [options.command, str(path), *overrides], saves=options.command != "eval")
+
+
+def _launch_options(options: argparse.Namespace) -> LaunchOptions:
+    problems: list[str] = []
+    endpoint, node_rank, nnodes = options.rdzv_endpoint, options.node_rank, options.nnodes
+    if nnodes > 1 and endpoint is None:
+        problems.append("--nnodes above 1 needs --rdzv-endpoint HOST:PORT of the first node")
+    if endpoint is not None and not re.fullmatch(r".+:\d+", endpoint):
+        problems.append(f"--rdzv-endpoint is '{endpoint}'; needs HOST:PORT")
+    if node_rank is not None and not 0 <= node_rank < nnodes:
+        problems.append(f"--node-rank is {node_rank}; with --nnodes {nnodes}: 0 to {nnodes - 1}")
+    if problems:
+        raise InputError(problems)
+    return LaunchOptions(
+        nproc=options.nproc, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=endpoint
+    )
 
 
 def _job_help(command: str, summary: str, root: type) -> str:
@@ -148,8 +159,10 @@ def _generate(options: argparse.Namespace) -> int:
     from gdpo_megatron.generate import generate_texts
     from gdpo_megatron.rollout.base import SamplingParams
 
-    if not 0 < options.top_p <= 1 or options.top_k < 0 or options.temperature < 0:
-        raise InputError("--top-p must be in (0, 1], --top-k and --temperature not negative")
+    if not 0 < options.top_p <= 1 or options.top_k < 0:
+        raise InputError("--top-p must be in (0, 1], --top-k not negative")
+    if not 0 <= options.temperature < math.inf:
+        raise InputError(f"--temperature is {options.temperature}; needs a number from 0")
     sampling = SamplingParams(
         temperature=options.temperature,
         top_p=options.top_p,

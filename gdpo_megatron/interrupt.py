@@ -7,16 +7,23 @@ one; then all save and leave together.
 from __future__ import annotations
 
 import signal
-from types import FrameType
+import threading
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # noted before anything is imported that takes long
+    from gdpo_megatron.platform import Platform
 
-from gdpo_megatron.platform import Platform
+_noted = threading.Event()  # signals are the process's, so this is too
+
+
+def note_signals() -> None:
+    """Note SIGINT and SIGTERM from now on, instead of ending."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: _noted.set())
 
 
 class Interrupt:
-    """Notes SIGINT and SIGTERM from its creation on.
+    """Whether a run has been told to end, since `note_signals`.
 
     Args:
         platform: where the agreement runs.
@@ -24,15 +31,12 @@ class Interrupt:
 
     def __init__(self, platform: Platform):
         self._platform = platform
-        self._noted = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
 
     def agreed(self) -> bool:
         """Whether any rank has been told to end; collective."""
-        flag = torch.tensor(float(self._noted), device=self._platform.device)
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor(float(_noted.is_set()), device=self._platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag.item())

@@ -1,8 +1,9 @@
 """Starting a job's ranks: one torchrun per node, in a session of its own, ended with care.
 
 Ctrl-C reaches only the launcher. The first one asks the workers to finish their step, save and
-leave; a second one ends everything that was started here and nothing else. If the launcher itself
-is killed, torchrun gets SIGTERM from the kernel and takes its workers along.
+leave; a second one ends everything that was started here and nothing else. Whoever is killed takes
+along what it started: torchrun gets SIGTERM from the kernel when the launcher is gone, the workers
+SIGKILL when torchrun is.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import psutil
-
-from gdpo_megatron.platform import detect_platform
 
 _PR_SET_PDEATHSIG = 1
 INTERRUPTED = 130
@@ -67,50 +67,81 @@ def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """Environment of the workers; what the user set stays."""
+    from gdpo_megatron.platform import detect_platform  # torch takes seconds; --help has no use
+
     # Tokenizers used before a fork would warn in every child of theirs.
     return {"TOKENIZERS_PARALLELISM": "false", **detect_platform().environment, **inherited}
 
 
-def run(options: LaunchOptions, worker: Sequence[str]) -> int:
+def run(options: LaunchOptions, worker: Sequence[str], *, saves: bool) -> int:
     """Start the ranks of this node and wait for them.
 
+    Args:
+        options: ranks of the job.
+        worker: arguments of gdpo_megatron.worker.
+        saves: an interrupted job saves first; else the first Ctrl-C ends it at once.
+
     Returns:
-        Exit code: 0 done, 130 interrupted and saved, otherwise a rank failed.
+        Exit code: 0 done, 130 interrupted (and saved), otherwise a rank failed.
     """
     process = subprocess.Popen(
         torchrun_command(options, worker),
         env=environment(os.environ),
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM),
     )
     interrupts = 0
+    told: set[int] = set()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += 1
-        if interrupts == 1:
+        if interrupts == 1 and saves:
             print("\nfinishing the step and saving; once more ends at once", file=sys.stderr)
-            for worker_process in _workers(process.pid):
-                worker_process.send_signal(signal.SIGTERM)
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()  # the workers die with it
 
     previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = process.wait()
+        while (code := _wait(process)) is None:
+            if interrupts:
+                _tell_workers(process.pid, told)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    return INTERRUPTED if interrupts and code in (0, -signal.SIGKILL) else code
+    if interrupts and code in (0, -signal.SIGKILL):
+        return INTERRUPTED
+    return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
 
 
-def _workers(torchrun: int) -> list[psutil.Process]:
-    """The ranks that a torchrun process started."""
+def die_with_parent(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code; None when there is none for now."""
     try:
-        return psutil.Process(torchrun).children()
+        return process.wait(timeout=0.2)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _tell_workers(torchrun: int, told: set[int]) -> None:
+    """Ask each worker once to save and leave, as soon as it listens; before, it would just die."""
+    try:
+        for worker in psutil.Process(torchrun).children():
+            if worker.pid not in told and _catches_sigterm(worker.pid):
+                worker.send_signal(signal.SIGTERM)
+                told.add(worker.pid)
     except psutil.NoSuchProcess:
-        return []
+        pass  # gone meanwhile
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _catches_sigterm(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)

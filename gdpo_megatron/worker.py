@@ -1,20 +1,24 @@
 """What torchrun starts on every rank: `python -m gdpo_megatron.worker JOB CONFIG [overrides]`.
 
-The launcher has validated the config; a worker only builds and runs.
+The launcher has validated the config; a worker only builds and runs. What takes long to import is
+imported late: until the signals are noted, a Ctrl-C finds nobody who would listen.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gdpo_megatron.config.loader import load_config
-from gdpo_megatron.config.schema import RLConfig, SFTConfig
-from gdpo_megatron.platform import detect_platform
+from gdpo_megatron.interrupt import note_signals
+
+if TYPE_CHECKING:
+    from gdpo_megatron.config.schema import RLConfig, SFTConfig
 
 
 def _train(config: RLConfig, base_dir: Path, parts: Any) -> None:
@@ -37,21 +41,27 @@ def _eval(config: RLConfig, base_dir: Path, parts: Any) -> None:
         print(json.dumps(result.as_json()), flush=True)
 
 
-Job = Callable[[Any, Path, Any], None]
-JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], Job]] = {
-    "train": (RLConfig, _train),
-    "sft": (SFTConfig, _sft),
-    "eval": (RLConfig, _eval),
-}
+JOBS: dict[str, Callable[[Any, Path, Any], None]] = {"train": _train, "sft": _sft, "eval": _eval}
 
 
 def main(arguments: list[str]) -> None:
     """Run one rank of a job."""
     job, config_path, *overrides = arguments
+    if job != "eval":  # which has nothing to save
+        note_signals()
+
+    from gdpo_megatron.config.loader import load_config
+    from gdpo_megatron.config.schema import RLConfig, SFTConfig
+    from gdpo_megatron.launch import die_with_parent
+    from gdpo_megatron.platform import detect_platform
+
+    die_with_parent(signal.SIGKILL)
+    # The launcher has told of rows that are left out, once and not on every rank.
+    logging.getLogger("gdpo_megatron.data").setLevel(logging.ERROR)
     # Megatron warns of each optional package that is absent, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", message=".*will be renamed.*|.*deprecated.*")
-    root, run = JOBS[job]
+    root = SFTConfig if job == "sft" else RLConfig
     config = load_config(root, Path(config_path), overrides)
     base_dir = Path(config_path).resolve().parent
     platform = detect_platform()
@@ -69,7 +79,7 @@ def main(arguments: list[str]) -> None:
         precision=config.precision,
         seed=config.seed,
     )
-    run(config, base_dir, parts)
+    JOBS[job](config, base_dir, parts)
     # Leaving while a peer still talks would look like a crash to it.
     dist.barrier()
     dist.destroy_process_group()
