@@ -13,7 +13,8 @@ import torch
 
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
-from gdpo_megatron.conversion.architecture import ModelArchitecture, load_architecture
+from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import (
     HFCheckpoint,
     RandomWeights,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gdpo_megatron.conversion.architecture import load_architecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint, stop_token_ids
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.data.tokenizer import load_tokenizer

@@ -1,25 +1,31 @@
 """Everything about a job that can be known to be wrong before a rank is started.
 
-A check looks at one thing and returns lines; all lines are reported together. Nothing is written,
-no weights are read (only the headers of their files), and Megatron is not imported.
+A check looks at one thing and returns lines; all lines are reported together. Data files are read
+and tokenised as the workers will do. Nothing is written, no weights are read (only the headers of
+their files), and Megatron is not imported.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
+from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ParallelConfig, RLConfig, SFTConfig
-from gdpo_megatron.conversion.architecture import ModelArchitecture, load_architecture
+from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.conversion.pipeline import stage_layers
-from gdpo_megatron.data.rows import RowKind, read_rows
-from gdpo_megatron.data.tokenizer import load_tokenizer
-from gdpo_megatron.errors import InputError
+from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
+from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
+from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
+from gdpo_megatron.run_folder import CONFIG_FILE
 
 Check = Callable[[], "list[str] | None"]
 
@@ -49,42 +55,54 @@ def validate(job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size:
 def _checks(
     job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int
 ) -> Iterator[Check]:
-    parallel = config.parallel
-    yield lambda: _world(parallel, world_size)
+    """What is found by one check is there for the next; a check whose subject is missing is left."""
+    parallel, model = config.parallel, config.model
+    folder = resolve_path(base_dir, model.hf_path)
     arch: ModelArchitecture | None = None
+    tokenizer: Tokenizer | None = None
+    suite: RewardSuite | None = None
 
     def load_arch() -> None:
         nonlocal arch
-        arch = load_architecture(resolve_path(base_dir, config.model.hf_path))
+        arch = load_architecture(folder)
 
-    yield load_arch
-    if arch is not None:
-        found = arch
-        yield lambda: _model(config, found, base_dir)
-        yield lambda: _layout("parallel.tensor_model_parallel_size", found, parallel)
-    yield lambda: _optimizer(config, job)
-    if isinstance(config, SFTConfig):
-        yield lambda: _data(config, base_dir, config.data.train, "sft", None)
-        return
-    if arch is not None:
-        found = arch
-        yield lambda: _engine(config, found, world_size)
-    yield lambda: _run(config, job)
-    suite: RewardSuite | None = None
+    def read_tokenizer() -> None:
+        nonlocal tokenizer
+        tokenizer = load_tokenizer(resolve_path(base_dir, model.tokenizer_path or model.hf_path))
 
     def load_rewards() -> None:
         nonlocal suite
+        assert isinstance(config, RLConfig)
         suite = RewardSuite(
             config.rewards, group_size=config.rollout.group_size, num_workers=1, base_dir=base_dir
         )
 
+    yield lambda: _world(parallel, world_size)
+    yield lambda: _run_dir(job, config, base_dir)
+    yield load_arch
+    yield read_tokenizer
+    if arch is not None:
+        found = arch
+        yield lambda: _sizes(config, found, tokenizer)
+        yield lambda: _stages(found, parallel)
+        if model.init == "pretrained":
+            yield lambda: _weights(folder, found)
+    yield lambda: _optimizer(config, job)
+    if isinstance(config, SFTConfig):
+        yield lambda: _sft_data(config, base_dir, tokenizer)
+        return
+    if arch is not None:
+        found = arch
+        yield lambda: _engine(config, found, world_size)
     yield load_rewards
+    yield lambda: _run(config, job)
     if job == "train":
         yield lambda: _estimator(config, base_dir)
-        yield lambda: _data(config, base_dir, config.data.train, "rl", suite)
+        longest = config.rollout.max_completion_tokens
+        yield lambda: _prompts(config, base_dir, config.data.train, longest, tokenizer, suite)
     if config.data.eval is not None:
-        eval_path = config.data.eval
-        yield lambda: _data(config, base_dir, eval_path, "rl", suite)
+        path, limit = config.data.eval, config.eval.max_completion_tokens
+        yield lambda: _prompts(config, base_dir, path, limit, tokenizer, suite)
 
 
 def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
@@ -98,31 +116,47 @@ def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
     return []
 
 
-def _model(config: RLConfig | SFTConfig, arch: ModelArchitecture, base_dir: Path) -> list[str]:
-    model, problems = config.model, list[str]()
-    folder = resolve_path(base_dir, model.hf_path)
-    if model.max_sequence_length > arch.max_position_embeddings:
-        problems.append(
-            f"model.max_sequence_length is {model.max_sequence_length}, but the model has only "
-            f"{arch.max_position_embeddings} positions"
-        )
-    try:
-        tokenizer = load_tokenizer(resolve_path(base_dir, model.tokenizer_path or model.hf_path))
-        if tokenizer.vocab_size > arch.vocab_size:
-            problems.append(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-                f"{arch.vocab_size}; set model.tokenizer_path to the model's own"
-            )
-    except InputError as error:
-        problems += error.problems
-    if model.init == "pretrained":
-        HFCheckpoint(folder, arch)
+def _run_dir(job: str, config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
+    run_dir = resolve_path(base_dir, config.run_dir)
+    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not there.is_dir():
+        return [f"run_dir: {there} is a file"]
+    if not os.access(there, os.W_OK | os.X_OK):
+        return [f"run_dir: no permission to write in {there}"]
+    recorded = run_dir / CONFIG_FILE
+    if job == "eval" or not recorded.is_file():
+        return []
+    problems: list[str] = []
+    before = "train" if "rewards" in yaml_text.read_mapping(recorded, problems) else "sft"
+    if before != job:
+        problems.append(f"run_dir: {run_dir} holds a run of `{before}`; `{job}` needs another one")
     return problems
 
 
-def _layout(key: str, arch: ModelArchitecture, parallel: ParallelConfig) -> list[str]:
+def _sizes(
+    config: RLConfig | SFTConfig, arch: ModelArchitecture, tokenizer: Tokenizer | None
+) -> list[str]:
+    problems: list[str] = []
+    if config.model.max_sequence_length > arch.max_position_embeddings:
+        problems.append(
+            f"model.max_sequence_length is {config.model.max_sequence_length}, but the model has "
+            f"only {arch.max_position_embeddings} positions"
+        )
+    if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
+        problems.append(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}; "
+            "set model.tokenizer_path to the model's own"
+        )
+    key = "parallel.tensor_model_parallel_size"
+    return problems + _divides(key, config.parallel.tensor_model_parallel_size, arch)
+
+
+def _stages(arch: ModelArchitecture, parallel: ParallelConfig) -> None:
     stage_layers(arch.num_layers, parallel)
-    return _divides(key, parallel.tensor_model_parallel_size, arch)
+
+
+def _weights(folder: Path, arch: ModelArchitecture) -> None:
+    HFCheckpoint(folder, arch)
 
 
 def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
@@ -170,6 +204,10 @@ def _run(config: RLConfig, job: str) -> list[str]:
     if job != "train":
         return problems
     rollout, train = config.rollout, config.train
+    primary, names = config.dynamic_sampling.primary_reward, [r.name for r in config.rewards]
+    if primary is not None and primary not in names:
+        hint = did_you_mean(primary, names)
+        problems.append(f"dynamic_sampling.primary_reward: no reward named '{primary}'; {hint}")
     if rollout.group_size < 2:
         problems.append(
             f"rollout.group_size is {rollout.group_size}: a group of one has no advantage; "
@@ -208,18 +246,43 @@ def _optimizer(config: RLConfig | SFTConfig, job: str) -> list[str]:
     return problems
 
 
-def _data(
-    config: RLConfig | SFTConfig,
+def _prompts(
+    config: RLConfig,
     base_dir: Path,
     path: str,
-    kind: RowKind,
+    max_completion_tokens: int,
+    tokenizer: Tokenizer | None,
     suite: RewardSuite | None,
 ) -> list[str]:
-    rows = read_rows(config.data, path, base_dir=base_dir, kind=kind)
+    """Read a data file as the workers will; without tokenizer or room, only its rows."""
+    room = config.model.max_sequence_length - max_completion_tokens
+    if tokenizer is None or room < 1:
+        rows = read_rows(config.data, path, base_dir=base_dir, kind="rl")
+    else:
+        rows = load_prompts(
+            config.data, tokenizer, path=path, base_dir=base_dir, max_prompt_tokens=room
+        )
     if suite is None:
         return []
-    return [
+    problems = [
         f"{resolve_path(base_dir, path)}, row '{row.prompt_id}': {problem}"
         for row in rows
         for problem in suite.answer_problems(row.answer)
-    ][:20]
+    ]
+    if len(problems) > MAX_PROBLEMS:
+        more = f"{resolve_path(base_dir, path)}: {len(problems) - MAX_PROBLEMS} more problems"
+        problems[MAX_PROBLEMS:] = [more]
+    return problems
+
+
+def _sft_data(config: SFTConfig, base_dir: Path, tokenizer: Tokenizer | None) -> None:
+    if tokenizer is None:
+        read_rows(config.data, config.data.train, base_dir=base_dir, kind="sft")
+        return
+    load_sft_rows(
+        config.data,
+        tokenizer,
+        path=config.data.train,
+        base_dir=base_dir,
+        max_sequence_length=config.model.max_sequence_length,
+    )

@@ -2,14 +2,14 @@
 
 Everything that builds or reads weights starts from a `ModelArchitecture`: the Megatron model, the
 native engine, the expected tensor names of a checkpoint. A family is a function from the config to
-this record plus a table of tensors (see mapping.py), registered under its `model_type`.
+this record (families/) plus a table of tensors (mapping.py).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from gdpo_megatron.errors import InputError
-from gdpo_megatron.registry import Registry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +71,6 @@ class ModelArchitecture:
         return torch.where(wavelength < high, inv_freq, scaled)
 
 
-ArchitectureFn = Callable[[Mapping[str, Any], str], ModelArchitecture]
-families: Registry[ArchitectureFn] = Registry("model family", "gdpo_megatron.families")
-
-
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a Hugging Face folder; InputError names what is missing."""
     path = folder / "config.json"
@@ -87,21 +82,6 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
-
-
-def load_architecture(folder: Path) -> ModelArchitecture:
-    """Architecture of a Hugging Face model folder.
-
-    Raises:
-        InputError: no config, an unknown family, or a feature that the family does not support.
-    """
-    import gdpo_megatron.conversion.families  # noqa: F401  # registers the built-in ones
-
-    config = read_hf_config(folder)
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        raise InputError(f"{folder / 'config.json'}: no model_type")
-    return families.get(model_type)(config, str(folder / "config.json"))
 
 
 class ConfigReader:

@@ -17,7 +17,7 @@ from tiny_llama import MAX_LENGTH, TinyWeights, make_rollouts  # isort: skip
 
 from gdpo_megatron.checkpoint import CheckpointManager, manager
 from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig
-from gdpo_megatron.conversion.architecture import load_architecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.data.batching import make_micro_batches
 from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy

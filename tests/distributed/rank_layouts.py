@@ -30,7 +30,7 @@ from tiny_llama import (  # noqa: E402
 )
 
 from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig  # noqa: E402
-from gdpo_megatron.conversion.architecture import load_architecture  # noqa: E402
+from gdpo_megatron.conversion.families import load_architecture  # noqa: E402
 from gdpo_megatron.conversion.hf_io import HFCheckpoint  # noqa: E402
 from gdpo_megatron.data.batching import (  # noqa: E402
     collect_token_values,

@@ -11,7 +11,7 @@ import torch  # isort: skip
 from tiny_llama import MAX_LENGTH, TEMPERATURE, make_rollouts  # isort: skip
 
 from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig
-from gdpo_megatron.conversion.architecture import load_architecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.data.batching import make_micro_batches
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy

@@ -20,7 +20,7 @@ import torch
 from rank_harness import run_ranks
 from tiny_llama import MODELS, NUM_MINIBATCHES, OPTIMIZER, TinyWeights, make_rollouts
 
-from gdpo_megatron.conversion.architecture import load_architecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.mapping import hf_shapes
 
 pytestmark = pytest.mark.distributed

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gdpo_megatron.config.loss import LossConfig, MismatchConfig
 from gdpo_megatron.config.schema import OptimizerConfig
-from gdpo_megatron.conversion.architecture import ModelArchitecture, load_architecture
+from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import RandomWeights, write_hf_folder
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.types import Prompt

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdpo_megatron.conversion.architecture import load_architecture
+from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer

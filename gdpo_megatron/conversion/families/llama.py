@@ -9,12 +9,10 @@ from gdpo_megatron.conversion.architecture import (
     ConfigReader,
     Llama3RopeScaling,
     ModelArchitecture,
-    families,
 )
 from gdpo_megatron.errors import InputError
 
 
-@families.register("llama")
 def llama_architecture(config: Mapping[str, Any], source: str) -> ModelArchitecture:
     """Shape of a Llama checkpoint (transformers `LlamaConfig`)."""
     read = ConfigReader(config, source)
