@@ -12,6 +12,8 @@ from gdpo_megatron.config.paths import rebase_layer, resolve_path
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.observability.files import write_atomically
 
+CONFIG_FILE = "config.yaml"
+
 
 def record_config(config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
     """Write <run_dir>/config.yaml: all keys, paths valid from there, so it can be run again.
@@ -20,7 +22,7 @@ def record_config(config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
         One line for each key that differs from the config recorded there before.
     """
     run_dir = resolve_path(base_dir, config.run_dir)
-    path = run_dir / "config.yaml"
+    path = run_dir / CONFIG_FILE
     data, _ = yaml_text.parse(dump_config(config))
     rebase_layer(data, base_dir, run_dir)
     changes: list[str] = []

@@ -55,7 +55,7 @@ def validate(job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size:
 def _checks(
     job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int
 ) -> Iterator[Check]:
-    """What is found by one check is there for the next; a check whose subject is missing is left."""
+    """What one check finds is there for the next; one whose subject is missing is left out."""
     parallel, model = config.parallel, config.model
     folder = resolve_path(base_dir, model.hf_path)
     arch: ModelArchitecture | None = None
