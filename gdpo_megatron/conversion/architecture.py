@@ -78,6 +78,14 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"model.hf_path: no folder {folder}")
     if not path.is_file():
         raise InputError(f"model.hf_path: {folder} has no config.json")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return config
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of a model folder; InputError names the line of an error."""
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -99,15 +107,18 @@ class ConfigReader:
         return value
 
     def integer(self, key: str, default: int | None = None) -> int:
+        """A number of things: an integer, at least 1."""
         value = self.number(key, default)
         if not isinstance(value, int):
             raise InputError(f"{self.source}: '{key}' must be an integer, got {value!r}")
+        if value < 1:
+            raise InputError(f"{self.source}: '{key}' must be positive, got {value!r}")
         return value
 
     def refuse(self, key: str, allowed: Any, reason: str) -> None:
-        """Raise when `key` is set to anything but `allowed`."""
-        value = self.config.get(key, allowed)
-        if value != allowed:
+        """Raise when `key` is set to anything but `allowed`; null is not set."""
+        value = self.config.get(key)
+        if value is not None and value != allowed:
             raise InputError(f"{self.source}: '{key}' is {value!r}; {reason}")
 
     def rope(self) -> tuple[float, Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.conversion.architecture import ModelArchitecture, read_json
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.errors import InputError
 
@@ -44,7 +44,7 @@ class HFCheckpoint:
         """Tensor name -> file name within the folder."""
         index = self.folder / _INDEX
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map = _read_weight_map(index)
             for file_name in set(weight_map.values()):
                 if Path(file_name).name != file_name:
                     raise InputError(f"{index}: '{file_name}' points outside the folder")
@@ -80,7 +80,13 @@ class HFCheckpoint:
                     continue
                 problems.append(f"{self.folder}: tensor '{name}' is not part of {arch.family}")
                 continue
-            shape = tuple(self._handle(file_name).get_slice(name).get_shape())
+            try:
+                shape = tuple(self._handle(file_name).get_slice(name).get_shape())
+            except SafetensorError:
+                problems.append(
+                    f"{self.folder / _INDEX}: {file_name} does not hold tensor '{name}'"
+                )
+                continue
             if shape != expected[name]:
                 problems.append(
                     f"{self.folder}: tensor '{name}' has shape {list(shape)}, "
@@ -92,6 +98,16 @@ class HFCheckpoint:
     def get(self, name: str) -> Tensor:
         """The full tensor of a name, on the CPU, in the dtype of the file."""
         return self._handle(self._files[name]).get_tensor(name)
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file_name, str) for file_name in weight_map.values()
+    ):
+        raise InputError(f"{index}: 'weight_map' is not a map of names to files")
+    return weight_map
 
 
 class RandomWeights:

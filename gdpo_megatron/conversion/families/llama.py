@@ -20,7 +20,15 @@ def llama_architecture(config: Mapping[str, Any], source: str) -> ModelArchitect
     read.refuse("mlp_bias", False, "MLP biases are not supported for llama")
     read.refuse("hidden_act", "silu", "only silu is supported for llama")
     heads = read.integer("num_attention_heads")
+    groups = read.integer("num_key_value_heads", heads)
+    if heads % groups:
+        raise InputError(
+            f"{source}: num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {groups}"
+        )
     theta, scaling = read.rope()
+    for part in (read, ConfigReader(scaling, f"{source}: rope scaling")):
+        part.refuse("partial_rotary_factor", 1.0, "llama rotates whole heads")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     rope_scaling = None
     if kind == "llama3":
@@ -39,7 +47,7 @@ def llama_architecture(config: Mapping[str, Any], source: str) -> ModelArchitect
         hidden_size=read.integer("hidden_size"),
         intermediate_size=read.integer("intermediate_size"),
         num_attention_heads=heads,
-        num_key_value_heads=read.integer("num_key_value_heads", heads),
+        num_key_value_heads=groups,
         head_dim=read.integer("head_dim", read.integer("hidden_size") // heads),
         vocab_size=read.integer("vocab_size"),
         max_position_embeddings=read.integer("max_position_embeddings"),
