@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     logging.getLogger("gdpo_megatron.data").setLevel(logging.ERROR)
     # Megatron warns of each optional package that is absent, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message=".*will be renamed.*|.*deprecated.*")
+    warnings.filterwarnings("ignore", message=".*will be renamed.*|.*deprecat.*")
     root = SFTConfig if job == "sft" else RLConfig
     config = load_config(root, Path(config_path), overrides)
     base_dir = Path(config_path).resolve().parent
