@@ -69,10 +69,6 @@ def stream(_: Stream) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def is_current_stream_capturing() -> bool:
-    return False
-
-
 def synchronize(*args: Any, **kwargs: Any) -> None: ...
 
 
