@@ -145,8 +145,9 @@ def _job_help(command: str, summary: str, root: type) -> str:
     return (
         f"usage: gdpo-megatron {command} CONFIG [--section.key value ...] [--nproc N]\n"
         "         [--nnodes N --node-rank R --rdzv-endpoint HOST:PORT]\n\n"
-        f"{summary[0].upper()}{summary[1:]}. CONFIG is a YAML file of the keys below; each can be "
-        "given as an option\nas well, a reward by its name: --rewards.format.weight 0.5\n\n"
+        f"{summary[0].upper()}{summary[1:]}.\n\n"
+        "CONFIG is a YAML file of the keys below; each can be given as an option as well, a\n"
+        "reward by its name: --rewards.format.weight 0.5\n\n"
         "  --nproc N                  ranks on this node (1)\n"
         "  --nnodes N                 nodes (1)\n"
         "  --node-rank R              number of this node, from 0\n"

@@ -8,7 +8,12 @@ from typing import Any
 
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.loader import dump_config
-from gdpo_megatron.config.paths import rebase_layer, resolve_path
+from gdpo_megatron.config.paths import (
+    escape_layer,
+    expand_layer,
+    rebase_layer,
+    resolve_path,
+)
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.observability.files import write_atomically
 
@@ -24,7 +29,10 @@ def record_config(config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
     run_dir = resolve_path(base_dir, config.run_dir)
     path = run_dir / CONFIG_FILE
     data, _ = yaml_text.parse(dump_config(config))
+    # The folders in between may have a $ in their names, which is then as literal as the rest.
+    expand_layer(data, "", [])
     rebase_layer(data, base_dir, run_dir)
+    escape_layer(data)
     changes: list[str] = []
     if path.is_file():
         before = dict(_leaves(yaml_text.parse(path.read_text())[0]))

@@ -68,7 +68,9 @@ def _checks(
 
     def read_tokenizer() -> None:
         nonlocal tokenizer
-        tokenizer = load_tokenizer(resolve_path(base_dir, model.tokenizer_path or model.hf_path))
+        if model.tokenizer_path is not None or folder.is_dir():  # else it is told already
+            path = resolve_path(base_dir, model.tokenizer_path or model.hf_path)
+            tokenizer = load_tokenizer(path)
 
     def load_rewards() -> None:
         nonlocal suite

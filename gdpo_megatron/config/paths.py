@@ -84,6 +84,13 @@ def expand_layer(layer: dict[str, Any], origin: str, problems: list[str]) -> Non
                 problems.append(f"{origin}{path}: {holder[name]!r}: {error}")
 
 
+def escape_layer(layer: dict[str, Any]) -> None:
+    """Inverse of `expand_layer` for a layer that holds no variables, in place."""
+    for path in PATH_KEYS:
+        for holder, name in _strings_at(layer, path):
+            holder[name] = escape_variables(holder[name])
+
+
 def rebase_layer(layer: dict[str, Any], old_dir: Path, new_dir: Path) -> None:
     """Make the relative paths of a file in `old_dir` hold for a file in `new_dir`, in place."""
     if old_dir.resolve() == new_dir.resolve():
