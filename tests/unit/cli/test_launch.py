@@ -1,0 +1,238 @@
+"""How ranks are started and ended: the torchrun command, its environment, signals, exit codes.
+
+A script stands for torchrun, and its children for the workers, each in a session of its own as
+torchrun's are. The real ones: tests/e2e.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gdpo_megatron import launch
+from gdpo_megatron.launch import LaunchOptions, environment, run, torchrun_command
+
+SECONDS = 60  # until a process that should be there, or gone, is given up
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+# ---- command and environment ---------------------------------------------------------------------
+
+
+def test_one_node_finds_its_own_port():
+    command = torchrun_command(LaunchOptions(nproc=4), ["train", "c.yaml", "--seed", "3"])
+    assert command == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--nnodes=1"),
+        *("--standalone", "-m", "gdpo_megatron.worker", "train", "c.yaml", "--seed", "3"),
+    ]
+
+
+def test_several_nodes_meet_at_the_endpoint():
+    options = LaunchOptions(nproc=8, nnodes=2, node_rank=1, rdzv_endpoint="node0:29500")
+    assert options.world_size == 16
+    assert torchrun_command(options, ["sft", "c.yaml"]) == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "--nnodes=2"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=node0:29500", "--rdzv-id=gdpo-node0:29500"),
+        *("--node-rank=1", "-m", "gdpo_megatron.worker", "sft", "c.yaml"),
+    ]
+
+
+def test_the_first_node_has_rank_0_and_no_rank_is_left_to_the_rendezvous():
+    first = LaunchOptions(nnodes=2, node_rank=0, rdzv_endpoint="a:1")
+    assert "--node-rank=0" in torchrun_command(first, [])
+    free = LaunchOptions(nnodes=2, rdzv_endpoint="a:1")
+    assert not any(it.startswith("--node-rank") for it in torchrun_command(free, []))
+
+
+def test_what_the_user_set_stays_in_the_environment():
+    fresh = environment({"HOME": "/somewhere"})
+    assert fresh["HOME"] == "/somewhere" and fresh["TOKENIZERS_PARALLELISM"] == "false"
+    assert fresh["OMP_NUM_THREADS"] == "1"
+    given = {"OMP_NUM_THREADS": "7", "TOKENIZERS_PARALLELISM": "true"}
+    assert environment(given).items() >= given.items()
+
+
+# ---- ending --------------------------------------------------------------------------------------
+
+WORKER = """
+import signal, sys, time
+from pathlib import Path
+from gdpo_megatron.launch import die_with_parent
+here, name, seconds_deaf = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+die_with_parent(signal.SIGKILL)
+(here / f"{name}.started").touch()
+time.sleep(seconds_deaf)  # imports
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+(here / f"{name}.listens").touch()
+while not told or (here / "stuck").exists():
+    time.sleep(0.02)
+time.sleep(0.6)  # saving, with time for being told twice
+(here / f"{name}.saved").write_text(str(len(told)))
+"""
+
+TORCHRUN = """
+import subprocess, sys
+here = sys.argv[1]
+workers = [
+    subprocess.Popen(
+        [sys.executable, f"{here}/worker.py", here, str(i), sys.argv[2]], start_new_session=True
+    )
+    for i in range(2)
+]
+sys.exit(max(worker.wait() for worker in workers))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where a stand-in for torchrun and its two workers leave traces."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "torchrun.py").write_text(TORCHRUN)
+
+    def command(options: LaunchOptions, worker: list[str]) -> list[str]:
+        return [sys.executable, str(tmp_path / "torchrun.py"), str(tmp_path), *worker]
+
+    monkeypatch.setattr(launch, "torchrun_command", command)
+    return tmp_path
+
+
+def run_with(script: Callable[[], None], *worker: str, saves: bool = True) -> int:
+    """`run`, while another thread plays what happens meanwhile."""
+    errors: list[BaseException] = []
+
+    def play() -> None:
+        try:
+            script()
+        except BaseException as error:
+            errors.append(error)
+            for child in psutil.Process().children():
+                child.kill()
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    code = run(LaunchOptions(), worker, saves=saves)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return code
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def all_exist(folder: Path, suffix: str) -> bool:
+    return all((folder / f"{i}.{suffix}").exists() for i in range(2))
+
+
+def family() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    assert len(processes) == 3
+    wait_until(lambda: not any(it.is_running() for it in processes))
+
+
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_the_exit_code_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPatch, code: int):
+    command = [sys.executable, "-c", f"raise SystemExit({code})"]
+    monkeypatch.setattr(launch, "torchrun_command", lambda options, worker: command)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert run(LaunchOptions(), [], saves=True) == code
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_ended_by_a_signal_is_told_as_a_shell_does(monkeypatch: pytest.MonkeyPatch):
+    command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    monkeypatch.setattr(launch, "torchrun_command", lambda options, worker: command)
+    assert run(LaunchOptions(), [], saves=True) == 137
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_tells_each_worker_once(
+    stand_in: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
+):
+    def script() -> None:
+        wait_until(lambda: all_exist(stand_in, "listens"))
+        os.kill(os.getpid(), number)
+
+    assert run_with(script, "0") == 130
+    assert [(stand_in / f"{i}.saved").read_text() for i in range(2)] == ["1", "1"]
+    assert "finishing the step and saving" in capfd.readouterr().err
+
+
+def test_an_interrupt_while_workers_import_waits_until_they_listen(stand_in: Path):
+    def script() -> None:
+        wait_until(lambda: all_exist(stand_in, "started"))
+        assert not (stand_in / "0.listens").exists()
+        interrupt()
+
+    assert run_with(script, "2") == 130
+    assert [(stand_in / f"{i}.saved").read_text() for i in range(2)] == ["1", "1"]
+
+
+def test_an_interrupt_before_there_are_workers_is_not_lost(stand_in: Path):
+    def script() -> None:
+        wait_until(lambda: bool(psutil.Process().children()))
+        time.sleep(0.05)
+        interrupt()
+
+    assert run_with(script, "0") == 130
+    assert all_exist(stand_in, "saved")
+
+
+def test_a_second_interrupt_ends_everything_that_was_started(stand_in: Path):
+    (stand_in / "stuck").touch()
+    started: list[psutil.Process] = []
+
+    def script() -> None:
+        wait_until(lambda: all_exist(stand_in, "listens"))
+        started.extend(family())
+        interrupt()
+        time.sleep(0.5)
+        assert all(it.is_running() for it in started)
+        interrupt()
+
+    assert run_with(script, "0") == 130
+    assert_gone(started)
+    assert not all_exist(stand_in, "saved")
+
+
+def test_a_job_that_saves_nothing_ends_at_the_first_interrupt(stand_in: Path):
+    started: list[psutil.Process] = []
+
+    def script() -> None:
+        wait_until(lambda: all_exist(stand_in, "listens"))
+        started.extend(family())
+        interrupt()
+
+    assert run_with(script, "0", saves=False) == 130
+    assert_gone(started)
+
+
+def test_workers_do_not_outlive_a_killed_torchrun(stand_in: Path):
+    started: list[psutil.Process] = []
+
+    def script() -> None:
+        wait_until(lambda: all_exist(stand_in, "listens"))
+        started.extend(family())
+        psutil.Process().children()[0].kill()
+
+    assert run_with(script, "0") == 137
+    assert_gone(started)
