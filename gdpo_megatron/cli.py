@@ -172,11 +172,15 @@ def _generate(options: argparse.Namespace) -> int:
         stop=tuple(options.stop),
         stop_token_ids=(),
     )
-    texts = generate_texts(
-        Path(options.model), options.prompt, sampling, options.seed, options.tokenizer
-    )
-    for prompt, text in zip(options.prompt, texts, strict=True):
-        print(f"{prompt}{text}\n")
+    for text in generate_texts(
+        Path(options.model),
+        options.prompt,
+        sampling,
+        options.seed,
+        options.tokenizer,
+        with_prompt=True,
+    ):
+        print(f"{text}\n")
     return 0
 
 

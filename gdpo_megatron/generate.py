@@ -25,6 +25,8 @@ def generate_texts(
     sampling: SamplingParams,
     seed: int,
     tokenizer_path: str | None = None,
+    *,
+    with_prompt: bool = False,
 ) -> list[str]:
     """Complete prompts.
 
@@ -34,6 +36,8 @@ def generate_texts(
         sampling: how; its stop_token_ids are replaced by the model's.
         seed: of the sampling noise.
         tokenizer_path: tokenizer folder or .model file; None means the model's.
+        with_prompt: give prompt and completion as one text: decoded alone, a completion of a
+            SentencePiece model has lost the space that it begins with.
 
     Returns:
         The completions, in order.
@@ -73,4 +77,10 @@ def generate_texts(
     )
     engine.load_weights(((name, reader.get(name)) for name in hf_shapes(arch)), 0)
     sampling = replace(sampling, stop_token_ids=stop_token_ids(folder, tokenizer.eos_token_id))
-    return [done.completion.text for done in generate(engine, requests, sampling)]
+    done = generate(engine, requests, sampling)
+    if not with_prompt:
+        return [finished.completion.text for finished in done]
+    return [
+        tokenizer.decode([*request.prompt_token_ids, *finished.completion.token_ids])
+        for request, finished in zip(requests, done, strict=True)
+    ]
