@@ -57,10 +57,12 @@ def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]
     command += [f"--nproc-per-node={options.nproc}", f"--nnodes={options.nnodes}"]
     if options.rdzv_endpoint is None:
         command += ["--standalone"]
-    else:
+    elif options.node_rank is None:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}"]
         command += [f"--rdzv-id=gdpo-{options.rdzv_endpoint}"]
-    if options.node_rank is not None:
+    else:
+        # c10d hands out ranks in the order of arrival, whatever --node-rank says.
+        command += ["--rdzv-backend=static", f"--rdzv-endpoint={options.rdzv_endpoint}"]
         command += [f"--node-rank={options.node_rank}"]
     return [*command, "-m", "gdpo_megatron.worker", *worker]
 
