@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -41,21 +42,25 @@ def test_one_node_finds_its_own_port():
     ]
 
 
-def test_several_nodes_meet_at_the_endpoint():
+def test_nodes_with_a_number_get_the_ranks_of_their_place():
     options = LaunchOptions(nproc=8, nnodes=2, node_rank=1, rdzv_endpoint="node0:29500")
     assert options.world_size == 16
     assert torchrun_command(options, ["sft", "c.yaml"]) == [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "--nnodes=2"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=node0:29500", "--rdzv-id=gdpo-node0:29500"),
-        *("--node-rank=1", "-m", "gdpo_megatron.worker", "sft", "c.yaml"),
+        *("--rdzv-backend=static", "--rdzv-endpoint=node0:29500", "--node-rank=1"),
+        *("-m", "gdpo_megatron.worker", "sft", "c.yaml"),
     ]
-
-
-def test_the_first_node_has_rank_0_and_no_rank_is_left_to_the_rendezvous():
     first = LaunchOptions(nnodes=2, node_rank=0, rdzv_endpoint="a:1")
     assert "--node-rank=0" in torchrun_command(first, [])
-    free = LaunchOptions(nnodes=2, rdzv_endpoint="a:1")
-    assert not any(it.startswith("--node-rank") for it in torchrun_command(free, []))
+
+
+def test_nodes_without_a_number_get_ranks_as_they_come():
+    options = LaunchOptions(nnodes=2, rdzv_endpoint="node0:29500")
+    assert torchrun_command(options, ["sft", "c.yaml"]) == [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=node0:29500", "--rdzv-id=gdpo-node0:29500"),
+        *("-m", "gdpo_megatron.worker", "sft", "c.yaml"),
+    ]
 
 
 def test_what_the_user_set_stays_in_the_environment():
@@ -235,4 +240,21 @@ def test_workers_do_not_outlive_a_killed_torchrun(stand_in: Path):
         psutil.Process().children()[0].kill()
 
     assert run_with(script, "0") == 137
+    assert_gone(started)
+
+
+def test_nothing_outlives_a_killed_launcher(stand_in: Path):
+    """The launcher is a process of its own here, since it is what is killed."""
+    launcher = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[3])!r})
+from gdpo_megatron import launch
+torchrun = [sys.executable, {str(stand_in / "torchrun.py")!r}, {str(stand_in)!r}, "0"]
+launch.torchrun_command = lambda options, worker: torchrun
+launch.run(launch.LaunchOptions(), [], saves=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", launcher]) as process:
+        wait_until(lambda: all_exist(stand_in, "listens"))
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
     assert_gone(started)
