@@ -69,16 +69,15 @@ def _equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def edges(models: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What happened in each layout."""
+def edges(models: str, layouts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What happened in each layout, and with small steps in the last one."""
     results = []
     for arguments in layouts:
         with in_layout(**arguments) as layout:
-            results.append(
-                {**_not_finite(models, layout), **_clipping(models, layout)}
-                | _small_steps(models, layout)
-            )
-    return results
+            results.append({**_not_finite(models, layout), **_clipping(models, layout)})
+            if arguments is layouts[-1]:
+                small_steps = _small_steps(models, layout)
+    return {"layouts": results, "small_steps": small_steps}
 
 
 def _not_finite(models: str, layout: dict[str, Any]) -> dict[str, Any]:
