@@ -23,6 +23,7 @@ from gdpo_megatron.conversion.architecture import ModelArchitecture, read_json
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.errors import InputError
 
+_MAX_PROBLEMS = 20
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -93,7 +94,9 @@ class HFCheckpoint:
                     f"config.json asks for {list(expected[name])}"
                 )
         if problems:
-            raise InputError(problems[:20])
+            more = len(problems) - _MAX_PROBLEMS
+            rest = [f"{self.folder}: {more} more problems"] if more > 0 else []
+            raise InputError(problems[:_MAX_PROBLEMS] + rest)
 
     def get(self, name: str) -> Tensor:
         """The full tensor of a name, on the CPU, in the dtype of the file."""

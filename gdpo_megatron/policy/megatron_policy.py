@@ -126,6 +126,8 @@ class MegatronPolicy(MegatronModel):
 
         reported = self.run_schedule(micro_batches, on_logits, forward_only=False)
         stats = self._reduce_stats(reported, loss_fn)
+        # Before the step, not after it: the first one of a warmup would have a rate of 0.
+        self.scheduler.step(1)
         stats["lr"] = float(self.optimizer.param_groups[0]["lr"])
         stats["grad_norm"] = self._clip_gradients()
         if not math.isfinite(stats["grad_norm"]):
@@ -133,7 +135,6 @@ class MegatronPolicy(MegatronModel):
                 f"gradient norm is {stats['grad_norm']}; loss statistics: {stats}"
             )
         self.optimizer.step_with_ready_grads()
-        self.scheduler.step(1)
         return stats
 
     def _clip_gradients(self) -> float:

@@ -74,7 +74,7 @@ def test_the_runs_would_show_a_difference(one_rank: dict[str, Any]) -> None:
     steps = one_rank["float32"]["begin"] + one_rank["float32"]["onward"]
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5]
     assert [step["lr"] for step in steps] == pytest.approx(
-        [0.0, 1e-3, 2e-3, 2e-3 - 1.9e-3 / 6, 2e-3 - 2 * 1.9e-3 / 6]
+        [1e-3, 2e-3, *(2e-3 - n * 1.9e-3 / 6 for n in (1, 2, 3))]
     )
     assert len({tuple(step["samples"]) for step in steps}) == 5
     losses = [step["loss"] for step in steps]
