@@ -55,6 +55,16 @@ class EvalResult:
             values[f"eval/{name}/standard_error"] = self.standard_errors[name]
         return values
 
+    def as_text(self) -> str:
+        """A line for each reward."""
+        width = max(map(len, self.means))
+        lines = [f"{self.num_prompts} prompts x {self.samples_per_prompt}:"]
+        for name, mean in self.means.items():
+            failed = f", {self.num_invalid[name]} invalid" if self.num_invalid[name] else ""
+            error = self.standard_errors[name]
+            lines.append(f"  {name:{width}}  {mean:7.3f} \u00b1 {error:.3f}{failed}")
+        return "\n".join(lines)
+
     def as_json(self) -> dict[str, Any]:
         """As written to a file."""
         return {field: getattr(self, field) for field in self.__slots__}

@@ -6,7 +6,6 @@ imported late: until the signals are noted, a Ctrl-C finds nobody who would list
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sys
@@ -38,7 +37,7 @@ def _eval(config: RLConfig, base_dir: Path, parts: Any) -> None:
 
     result = run_eval(config, base_dir, parts)
     if parts.mesh.rank == 0:
-        print(json.dumps(result.as_json()), flush=True)
+        print(result.as_text(), flush=True)
 
 
 JOBS: dict[str, Callable[[Any, Path, Any], None]] = {"train": _train, "sft": _sft, "eval": _eval}

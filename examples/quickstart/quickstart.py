@@ -163,8 +163,9 @@ def print_table(
         ]
         steps = [m["advantage/distinct_values"] for m in logs.get(label, [])]
         distinct = f"{steps[0]:.0f} / {sum(steps) / len(steps):.1f}" if steps else ""
-        name = "before (SFT)" if label == "before" else f"after {label}"
-        table.add_row(name, *cells, f"{result['mean_tokens']:.1f}", distinct)
+        table.add_row(
+            "SFT" if label == "before" else label, *cells, f"{result['mean_tokens']:.1f}", distinct
+        )
     Console().print(table)
     print("* in step 1, whose rollouts are the same for both / mean over the steps")
 
