@@ -7,6 +7,7 @@ imported late: until the signals are noted, a Ctrl-C finds nobody who would list
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -85,4 +86,13 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from gdpo_megatron.errors import InputError
+
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        # What only a worker can see, such as a checkpoint that does not fit: no traceback either.
+        if os.environ.get("RANK", "0") == "0":
+            for problem in error.problems:
+                print(f"gdpo-megatron: {problem}", file=sys.stderr, flush=True)
+        sys.exit(2)
