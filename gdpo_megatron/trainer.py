@@ -118,7 +118,7 @@ class GDPOTrainer:
             Whether the run is complete; False when it was interrupted, and saved.
         """
         train, save_interval = self.config.train, self.config.checkpoint.save_interval
-        start, saved_step, stopping = self.step, self.step, False
+        start, stopping = self.step, False
         title = f"gdpo-megatron train: {self.run_dir.name}"
         with self.metrics, self.suite, self._display(title, start) as self.display:
             if start:
@@ -137,7 +137,6 @@ class GDPOTrainer:
                 last = stopping or self.step == train.num_steps
                 if last or (save_interval and self.step % save_interval == 0):
                     self._save()
-                    saved_step = self.step
                 self.display.step_done(self.step, summary)
             complete = self.step == train.num_steps
             if complete and self.config.checkpoint.export_hf:
@@ -145,7 +144,7 @@ class GDPOTrainer:
                     self.parts.export(self.policy, self.run_dir / "hf")
             if not complete:
                 self.display.message(
-                    f"interrupted and saved after step {saved_step}; the same command goes on there"
+                    f"interrupted and saved after step {self.step}; the same command goes on there"
                 )
         return complete
 

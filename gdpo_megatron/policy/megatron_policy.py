@@ -24,7 +24,7 @@ from torch import Tensor
 from gdpo_megatron.config import schema
 from gdpo_megatron.data.batching import MicroBatch
 from gdpo_megatron.policy.model import MegatronModel
-from gdpo_megatron.policy.optimizer import build_optimizer, build_scheduler, prepare_for_load
+from gdpo_megatron.policy.optimizer import build_optimizer, build_scheduler, materialize_state
 
 
 class LossFn(Protocol):
@@ -172,8 +172,7 @@ class MegatronPolicy(MegatronModel):
 
     def sharded_state_dict(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron's distributed checkpoint takes them."""
-        if loading:
-            prepare_for_load(self.optimizer)
+        materialize_state(self.optimizer)
         model = self.gpt.sharded_state_dict()
         return {
             "model": model,

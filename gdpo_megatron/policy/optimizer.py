@@ -2,7 +2,7 @@
 
 AdamW comes from Transformer Engine or apex where they are installed, else from torch. torch keeps
 `step` per parameter where the other two keep it per group, and Megatron's distributed optimizer is
-written for those: `prepare_for_load` and `_carry_step` make up for the difference, so that a
+written for those: `materialize_state` and `_carry_step` make up for the difference, so that a
 resumed run is exactly the run that was saved.
 """
 
@@ -70,8 +70,12 @@ def build_scheduler(
     )
 
 
-def prepare_for_load(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the state that it would create at its first step, so it can be loaded."""
+def materialize_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW the state that it would create at its first step.
+
+    Megatron can neither load an optimizer without one, nor save it: a run may be saved before any
+    rollout was worth an update.
+    """
     for part in _parts(optimizer):
         if not isinstance(part.optimizer, torch.optim.AdamW):
             continue

@@ -71,6 +71,23 @@ def test_kl_entropy_dual_clip_and_filtered_groups(tmp_path: Path):
 
 
 @pytest.mark.distributed
+def test_a_step_without_anything_to_learn_is_saved_all_the_same(tmp_path: Path):
+    metrics = _train(
+        tmp_path,
+        rollout__max_completion_tokens=8,
+        dynamic_sampling__filter="advantage",
+        dynamic_sampling__tolerance=1e6,
+        dynamic_sampling__max_rounds=2,
+    )
+    assert metrics["dynamic_sampling/num_rounds"] == 2
+    assert metrics["dynamic_sampling/num_groups_kept"] == 0
+    assert metrics["dynamic_sampling/num_groups_sampled"] == 8
+    assert not any(name.startswith("update/") for name in metrics)
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert json.loads((saved / "run.json").read_text())["policy_version"] == 0
+
+
+@pytest.mark.distributed
 def test_gspo_unbiased_kl_truncated_weights_and_conflict_filter(tmp_path: Path):
     metrics = _train(
         tmp_path,
