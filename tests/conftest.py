@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.assets import needed
 from support.models import LLAMAS, save_llama
-
-ASSETS = Path(os.environ.get("GDPO_ASSETS", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @pytest.fixture(scope="session")
 def stories_folder() -> Path:
     """The stories260K model; skips where it is absent."""
-    folder = ASSETS / "models/stories260K"
-    if not (folder / "model.safetensors").is_file():
-        pytest.skip(f"needs {folder}; set GDPO_ASSETS")
-    return folder
+    return needed("models/stories260K")
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.assets import ASSETS, needed
 
 ROOT = Path(__file__).parents[2]
-ASSETS = Path(os.environ.get("GDPO_ASSETS", ROOT.parent / "shared")).resolve()
 
 SMALL = {
     "train.num_steps": 1,
@@ -30,8 +30,7 @@ SMALL = {
 
 def _train(folder: Path, **options: object) -> dict[str, float]:
     """Metrics of one step of the stories example with `options` (dots written as two _)."""
-    if not (ASSETS / "models" / "stories260K").is_dir():
-        pytest.skip(f"no assets at {ASSETS}; set GDPO_ASSETS")
+    needed("models/stories260K")
     settings = {**SMALL, "run_dir": folder / "run"}
     settings |= {name.replace("__", "."): value for name, value in options.items()}
     command = [sys.executable, "-m", "gdpo_megatron.cli", "train", "examples/stories/gdpo.yaml"]

@@ -6,11 +6,11 @@ which is read has the right effect (the tests of its module).
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
 import pytest
+from support.assets import needed
 
 from gdpo_megatron.config.fields import walk
 from gdpo_megatron.config.loader import load_config
@@ -19,7 +19,6 @@ from gdpo_megatron.validate import validate
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(ROOT.glob("examples/**/*.yaml"))
-ASSETS = Path(os.environ.get("GDPO_ASSETS", ROOT.parent / "shared"))
 
 
 def _load(path: Path) -> RLConfig | SFTConfig:
@@ -37,8 +36,8 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("name", ["stories/gdpo.yaml", "gsm8k/cpu.yaml"])
 def test_example_on_assets_is_valid(name: str):
-    if not (ASSETS / "models" / "stories260K").is_dir():
-        pytest.skip(f"no assets at {ASSETS}; set GDPO_ASSETS")
+    needed("models/stories260K")
+    needed("data/gsm8k")
     path = ROOT / "examples" / name
     validate("train", _load(path), path.parent, world_size=2)
 

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import pytest
+from support.assets import ASSETS
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = "gdpo_megatron"
@@ -184,8 +185,7 @@ def check_unsafe_reads(path: PurePosixPath, source: str) -> Iterator[str]:
 
 def machine_paths() -> list[str]:
     """Folders of this machine that no file may name."""
-    assets = REPO / os.environ.get("GDPO_ASSETS", "../shared")
-    own = [REPO, assets.resolve(), Path(sys.prefix), Path(sys.base_prefix)]
+    own = [REPO, ASSETS, Path(sys.prefix), Path(sys.base_prefix)]
     # /usr and /app are not peculiar to a machine, and what ends with /.venv is the repository's.
     return [str(path) for path in own if len(path.parts) > 2 and path != Path("/usr/local")]
 
@@ -367,7 +367,7 @@ def test_extras(project: dict) -> None:
 def test_requirements(project: dict) -> None:
     extras = project["optional-dependencies"].values()
     lines = [*project["dependencies"], *(line for extra in extras for line in extra)]
-    names = {re.match(r"[\w-]+", line)[0].lower() for line in lines}  # type: ignore[index]
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
     assert "torch==2.13.0" in lines, "one version on every platform, and setup.sh reads it here"
     assert "apex" not in names, "that name on the package index is not NVIDIA's apex"
 

@@ -73,7 +73,7 @@ def test_eval_records_nothing(job: Job, run_cli: Cli):
 
 
 def test_a_key_that_is_gone_and_one_that_is_new_are_told(tmp_path: Path):
-    config = SFTConfig(run_dir="run", model={"hf_path": "m"}, data={"train": "t.jsonl"})  # type: ignore
+    config = SFTConfig(run_dir="run", model={"hf_path": "m"}, data={"train": "t.jsonl"})
     assert record_config(config, tmp_path) == []
     path = tmp_path / "run/config.yaml"
     path.write_text(path.read_text().replace("seed: 1234", "sead: 1234"))
@@ -88,7 +88,7 @@ def test_paths_with_special_characters(tmp_path: Path, name: str):
     folder = tmp_path / name
     folder.mkdir()
     fields = {"model": {"hf_path": "model"}, "data": {"train": "t.jsonl"}}
-    config = SFTConfig(run_dir="../other/run", **fields)  # type: ignore
+    config = SFTConfig(run_dir="../other/run", **fields)
     record_config(config, folder)
     again = load_config(SFTConfig, tmp_path / "other/run/config.yaml")
     assert resolve_path(tmp_path / "other/run", again.model.hf_path) == folder / "model"

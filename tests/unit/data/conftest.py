@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,6 @@ from hypothesis import settings
 # No test may fail because the machine is busy.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-REPO = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="session")
-def stories_folder() -> Path:
-    folder = Path(os.environ.get("GDPO_ASSETS", REPO.parent / "shared")) / "models/stories260K"
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip(f"needs {folder}; set GDPO_ASSETS")
-    return folder
 
 
 CHAT_TEMPLATE = (

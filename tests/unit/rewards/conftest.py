@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from support.assets import needed
 
 from gdpo_megatron.rewards import REWARDS
-
-_REPO = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +17,7 @@ def read_rows() -> Callable[[str], list[dict[str, Any]]]:
     """Reads the rows of a jsonl file under $GDPO_ASSETS/data; skips where it is absent."""
 
     def read(name: str) -> list[dict[str, Any]]:
-        assets = Path(os.environ.get("GDPO_ASSETS", _REPO / "../shared"))
-        path = assets / "data" / name
-        if not path.is_file():
-            pytest.skip(f"needs {path} (set GDPO_ASSETS)")
+        path = needed(f"data/{name}")
         # Not str.splitlines: it also splits at U+2028, which GSM8K has inside of strings.
         with path.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]

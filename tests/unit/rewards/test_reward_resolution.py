@@ -244,7 +244,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch, registry_restored: None):
         return register_reward("decorated", batch=True)(lambda samples: [0.0] * len(samples))
 
     decorated = FakeEntryPoint("decorated", None)
-    decorated.load = load_decorated  # type: ignore[method-assign]
+    decorated.load = load_decorated
     asked: list[str] = []
 
     def entry_points(*, group: str) -> list[FakeEntryPoint]:

@@ -237,11 +237,11 @@ def test_requests_may_come_while_others_run_and_the_cache_grows(gqa: Path):
     engine.submit(requests[:3], sampling)
     done = {it.request_id: it.completion for it in engine.poll()}
     assert 0 < engine.num_unfinished < 3 + len(requests)
-    shape = engine._decoder.cache.shape  # type: ignore
+    shape = engine._decoder.cache.shape
     for first, last in ((3, 10), (10, len(requests))):
         engine.submit(requests[first:last], sampling)
         done |= {it.request_id: it.completion for it in engine.poll()}
-    grown = engine._decoder.cache.shape  # type: ignore
+    grown = engine._decoder.cache.shape
     assert grown[2] > shape[2] and grown[4] > shape[4]
     done |= {i: it.completion for i, it in drain(engine).items()}
     assert done.keys() == alone.keys()
@@ -257,7 +257,7 @@ def test_rows_that_are_done_are_not_decoded(gqa: Path, monkeypatch: pytest.Monke
     for rows in (64, 5):
         engine = native_engine(gqa, max_concurrent_sequences=rows)
         decoder, decoded = engine._decoder, []
-        decode = decoder.decode  # type: ignore
+        decode = decoder.decode
 
         def spy(tokens: Tensor, lengths: Tensor, longest: int, decode=decode, decoded=decoded):
             decoded.append(len(tokens))
@@ -300,7 +300,7 @@ def test_equal_prompts_that_enter_together_are_prefilled_once(
 ):
     engine = native_engine(gqa)
     prefilled: list[tuple[int, int]] = []
-    prefill = engine._decoder.prefill  # type: ignore
+    prefill = engine._decoder.prefill
 
     def spy(tokens: Tensor, lengths: Tensor, prompts: Tensor, rows: Tensor):
         prefilled.append((len(tokens), len(rows)))
@@ -318,7 +318,7 @@ def test_long_prompts_are_prefilled_in_several_passes(gqa: Path, monkeypatch: py
     monkeypatch.setattr("gdpo_megatron.rollout.native.engine._PREFILL_TOKENS", 16)
     engine = native_engine(gqa)
     sizes: list[int] = []
-    prefill = engine._decoder.prefill  # type: ignore
+    prefill = engine._decoder.prefill
 
     def spy(tokens: Tensor, *rest: Tensor):
         sizes.append(tokens.numel() if len(tokens) > 1 else 0)
@@ -490,10 +490,10 @@ def test_unused_memory_does_not_leak(gqa: Path, nan_memory: None):
     engine = native_engine(gqa, max_concurrent_sequences=32)
     engine.submit(requests[:3], sampling)
     done = {it.request_id: it.completion for it in engine.poll()}
-    assert torch.isfinite(engine._decoder.cache).all()  # type: ignore
+    assert torch.isfinite(engine._decoder.cache).all()
     engine.submit(requests[3:], sampling)  # more rows, longer sequences
     done |= {it.request_id: it.completion for it in engine.poll()}
-    assert torch.isfinite(engine._decoder.cache).all()  # type: ignore
+    assert torch.isfinite(engine._decoder.cache).all()
     done |= {i: it.completion for i, it in drain(engine).items()}
     for it in requests:
         assert_drawn_from_reference(reference, it, done[it.request_id], sampling)

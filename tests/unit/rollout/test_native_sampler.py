@@ -234,7 +234,7 @@ def draw(logits: Tensor, keys: Tensor, **options: float) -> tuple[Tensor, Tensor
     noise = KeyedNoise(logits.shape[-1], CPU)
     settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
     positions = torch.zeros(len(keys), dtype=torch.int64)
-    return sample(logits.expand(len(keys), -1), noise, keys, positions, **settings)  # type: ignore
+    return sample(logits.expand(len(keys), -1), noise, keys, positions, **settings)
 
 
 PEAKED = torch.tensor([4.0, 3.0, 2.5, 0.0, -1.0, 1.0, 2.0, 3.5])

@@ -163,7 +163,7 @@ def test_rewards_start_while_generation_goes_on(
             waited.append(scored.wait(timeout=30))
         return poll()
 
-    engine.poll = slow_poll  # type: ignore
+    engine.poll = slow_poll
     generated: list[int] = []
     run(
         engine,
@@ -192,7 +192,7 @@ def test_completions_that_the_update_cannot_use_end_the_step(
             replace(last, completion=replace(last.completion, logprobs=logprobs)),
         ]
 
-    engine.poll = bad_poll  # type: ignore
+    engine.poll = bad_poll
     message = "policy version 4, not 5" if fault == "version" else "log-probs that are not finite"
     with pytest.raises(RuntimeError, match=message):
         run(engine, make_suite(tokens))
