@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
 from gdpo_megatron.config.loss import LossConfig
+from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.section import (
     NonNegativeFloat,
     NonNegativeInt,
@@ -298,6 +299,7 @@ class RLConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward_suite: RewardSuiteConfig = field(default_factory=RewardSuiteConfig)
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -13,6 +13,7 @@ from gdpo_megatron.rewards.base import (
     RewardFn,
     RewardResult,
     RewardSample,
+    count_event,
     invalid,
     register_reward,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "RewardFn",
     "RewardResult",
     "RewardSample",
+    "count_event",
     "invalid",
     "register_reward",
     "resolve_rewards",

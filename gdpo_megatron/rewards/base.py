@@ -16,7 +16,10 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
@@ -80,6 +83,34 @@ class Invalid:
 
 
 RewardResult: TypeAlias = float | NotApplicable | Invalid
+
+_events: ContextVar[Counter[str] | None] = ContextVar("reward_events", default=None)
+
+
+def count_event(name: str, number: int = 1) -> None:
+    """Count something that a reward wants to be seen in the metrics, beside its score.
+
+    A timeout of the program under test is a score of 0, not a fault, and still worth a line. Call
+    it in the reward, in the thread or task that runs it; elsewhere it does nothing.
+
+    Args:
+        name: one of few fixed names, in lower case with underscores.
+        number: how many.
+    """
+    events = _events.get()
+    if events is not None:
+        events[name] += number
+
+
+@contextmanager
+def collect_events() -> Iterator[Counter[str]]:
+    """What the suite puts around a call of a reward: yields the counts of its `count_event`."""
+    events = Counter[str]()
+    token = _events.set(events)
+    try:
+        yield events
+    finally:
+        _events.reset(token)
 
 
 def invalid(reason: str, detail: str = "") -> Invalid:
