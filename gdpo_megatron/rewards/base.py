@@ -146,21 +146,24 @@ class RewardFn:
         batch: the batch form.
         is_async: calling it gives an awaitable.
         check_answer: raises ValueError, with the reason, for an answer it could never score.
+        stateful: what it returns depends on the calls before, so they are made one at a time, in
+            order of sample_id.
     """
 
     function: RewardFunction
     batch: bool = False
     is_async: bool = False
     check_answer: Callable[[str], object] | None = None
+    stateful: bool = False
 
     @classmethod
     def of(cls, function: RewardFunction) -> RewardFn:
         """The form that `register_reward` noted; the single form for an undecorated function."""
-        batch, check_answer = getattr(function, _FORM, (False, None))
+        batch, check_answer, stateful = getattr(function, _FORM, (False, None, False))
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 (an instance with async __call__)
         )
-        return cls(function, batch, is_async, check_answer)
+        return cls(function, batch, is_async, check_answer, stateful)
 
 
 _FORM = "__gdpo_reward_form__"
@@ -177,7 +180,11 @@ REWARDS: Final = _RewardRegistry("reward", "gdpo_megatron.rewards")
 
 
 def register_reward(
-    name: str, *, batch: bool = False, check_answer: Callable[[str], object] | None = None
+    name: str,
+    *,
+    batch: bool = False,
+    check_answer: Callable[[str], object] | None = None,
+    stateful: bool = False,
 ) -> Callable[[F], F]:
     """Return a decorator that registers a reward function and leaves it as it is.
 
@@ -186,6 +193,8 @@ def register_reward(
         batch: the function takes a sequence of samples, all of one group, in order of sample_id.
         check_answer: called with each row's answer when data is loaded; raises ValueError with the
             reason where the answer could never be scored.
+        stateful: the function keeps state between calls that its results depend on. It gets a
+            worker of its own and is called after generation, in order of sample_id.
 
     Raises:
         ValueError: the name is taken.
@@ -197,7 +206,7 @@ def register_reward(
     """
 
     def decorate(function: F) -> F:
-        setattr(function, _FORM, (batch, check_answer))
+        setattr(function, _FORM, (batch, check_answer, stateful))
         REWARDS.add(name, function)
         return function
 
