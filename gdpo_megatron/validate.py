@@ -87,6 +87,7 @@ def _checks(
         found = arch
         yield lambda: _sizes(config, found, tokenizer)
         yield lambda: _stages(found, parallel)
+        yield lambda: _experts(job, found, parallel, world_size)
         if model.init == "pretrained":
             yield lambda: _weights(folder, found)
     yield lambda: _optimizer(config, job)
@@ -144,6 +145,12 @@ def _sizes(
             f"model.max_sequence_length is {config.model.max_sequence_length}, but the model has "
             f"only {arch.max_position_embeddings} positions"
         )
+    if arch.sliding_window is not None and config.model.max_sequence_length > arch.sliding_window:
+        problems.append(
+            f"model.max_sequence_length is {config.model.max_sequence_length}, but the model "
+            f"attends within a sliding window of {arch.sliding_window}, which is not supported; "
+            "up to that length it makes no difference"
+        )
     if tokenizer is not None and tokenizer.vocab_size > arch.vocab_size:
         problems.append(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}; "
@@ -165,13 +172,37 @@ def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
     counts = {
         "attention heads": arch.num_attention_heads,
         "key/value heads": arch.num_key_value_heads,
-        "MLP columns": arch.intermediate_size,
+        "MLP columns": arch.mlp_columns,
     }
     return [
         f"{key} {size} does not divide the model's {count} {what}"
         for what, count in counts.items()
         if count % size
     ]
+
+
+def _experts(
+    job: str, arch: ModelArchitecture, parallel: ParallelConfig, world_size: int
+) -> list[str]:
+    key, size = "parallel.expert_model_parallel_size", parallel.expert_model_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if arch.moe is None:
+        return [f"{key} is {size}, but {arch.family} has no experts; set it to 1"] * (size > 1)
+    problems: list[str] = []
+    if arch.moe.num_experts % size:
+        problems.append(f"{key} {size} does not divide the model's {arch.moe.num_experts} experts")
+    if world_size // (tp * pp) % size:
+        problems.append(
+            f"{key} {size} does not divide the {world_size // (tp * pp)} data-parallel ranks "
+            f"({world_size} ranks / TP {tp} / PP {pp})"
+        )
+    if tp > 1 and job != "eval":
+        problems.append(
+            f"parallel.tensor_model_parallel_size is {tp}: a mixture of experts is trained with "
+            "tensor parallelism only under sequence parallelism, which is not supported yet; use "
+            f"{key}"
+        )
+    return problems
 
 
 def _engine(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[str]:

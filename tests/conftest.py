@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.assets import needed
-from support.models import LLAMAS, save_llama
+from support.models import MODELS, save_model
 
 
 @pytest.fixture(scope="session")
@@ -17,14 +17,14 @@ def stories_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a small random Llama by its name in `support.models.LLAMAS`; made once."""
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a small random model by its name in `support.models.MODELS`; made once."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name)
-            save_llama(made[name], **LLAMAS[name])
+            save_model(made[name], **MODELS[name])
         return made[name]
 
     return folder

@@ -54,6 +54,9 @@ class ParallelConfig:
     pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages (1F1B)."""
 
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a mixture; divides what is data parallel."""
+
     pipeline_model_parallel_layout: str | None = None
     """Layers per stage in Megatron's notation, e.g. "Ettt|ttL" for 3 + 2 layers; null spreads them
     as evenly as possible, the longer stages first."""

@@ -2,7 +2,7 @@
 
 Everything that builds or reads weights starts from a `ModelArchitecture`: the Megatron model, the
 native engine, the expected tensor names of a checkpoint. A family is a function from the config to
-this record (families/) plus a table of tensors (mapping.py).
+this record, which carries the family's table of tensors (families/, tables.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gdpo_megatron.conversion.tables import QKV_BIAS, QUERY_NORM, LayerRow
 from gdpo_megatron.errors import InputError
 
 
@@ -27,6 +28,23 @@ class Llama3RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureOfExperts:
+    """Experts in place of the MLP of every layer.
+
+    Args:
+        num_experts: E.
+        intermediate_size: columns of one expert.
+        top_k: experts that each token goes to.
+        normalize_top_k: the weights of these add up to 1.
+    """
+
+    num_experts: int
+    intermediate_size: int
+    top_k: int
+    normalize_top_k: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +65,38 @@ class ModelArchitecture:
     rope_scaling: Llama3RopeScaling | None
     tie_word_embeddings: bool
     initializer_range: float
+    layer_rows: tuple[LayerRow, ...]
+    """The family's table: the parameters of one layer."""
+    moe: MixtureOfExperts | None = None
+    sliding_window: int | None = None
+    """Longer sequences would be attended to in part, which is not built."""
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return QKV_BIAS in self.layer_rows
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether each query and key head is normalised before it is rotated."""
+        return QUERY_NORM in self.layer_rows
+
+    @property
+    def mlp_columns(self) -> int:
+        """Columns of the MLP, or of one expert: what TP ranks share."""
+        return self.moe.intermediate_size if self.moe else self.intermediate_size
+
+    def size_of(self, letter: str) -> int:
+        """The size that a letter of a table stands for (tables.py)."""
+        return {
+            "h": self.hidden_size,
+            "f": self.intermediate_size,
+            "q": self.num_attention_heads * self.head_dim,
+            "k": self.num_key_value_heads * self.head_dim,
+            "d": self.head_dim,
+            "E": self.moe.num_experts if self.moe else 0,
+            "e": self.moe.intermediate_size if self.moe else 0,
+        }[letter]
 
     def padded_vocab_size(self, tensor_parallel_size: int) -> int:
         """Rows of the embedding: the same for every TP size that divides 64."""
@@ -93,7 +143,10 @@ def read_json(path: Path) -> Any:
 
 
 class ConfigReader:
-    """Typed access to a config.json; collects nothing, raises at the first bad key."""
+    """Typed access to a config.json; collects nothing, raises at the first bad key.
+
+    A default is what transformers takes where the key is absent: old checkpoints leave keys out.
+    """
 
     def __init__(self, config: Mapping[str, Any], source: str):
         self.config = config
@@ -113,6 +166,20 @@ class ConfigReader:
             raise InputError(f"{self.source}: '{key}' must be an integer, got {value!r}")
         if value < 1:
             raise InputError(f"{self.source}: '{key}' must be positive, got {value!r}")
+        return value
+
+    def integer_or_null(self, key: str, default: int | None) -> int | None:
+        """Like `integer`, but null is a value of its own: only an absent key has the default."""
+        if key in self.config:
+            return None if self.config[key] is None else self.integer(key)
+        return default
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, bool):
+            raise InputError(f"{self.source}: '{key}' must be true or false, got {value!r}")
         return value
 
     def refuse(self, key: str, allowed: Any, reason: str) -> None:

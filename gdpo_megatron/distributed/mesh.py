@@ -1,8 +1,9 @@
 """Who works with whom: the trainer's mesh and the rollout engines' mesh over the same ranks.
 
-The trainer's mesh is Megatron's: TP x PP x DP. The engines' mesh cuts the same world into replicas
-of `engine_tp` neighbouring ranks, whatever the trainer's layout is; each replica generates a part
-of the step's prompts. Data crosses between the two by sample id (see exchange.py).
+The trainer's mesh is Megatron's: TP x PP x DP; a mixture's experts are spread over DP ranks (EP).
+The engines' mesh cuts the same world into replicas of `engine_tp` neighbouring ranks, whatever the
+trainer's layout is; each replica generates a part of the step's prompts. Data crosses between the
+two by sample id (see exchange.py).
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class Mesh:
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
+    ep_rank: int
+    ep_size: int
+    ep_group: ProcessGroup
 
     @property
     def is_last_stage(self) -> bool:
@@ -81,6 +85,7 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         ps.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
         )
         # Megatron wants its tracker seeded; we have no dropout, so nothing is drawn from it.
         model_parallel_cuda_manual_seed(0)
@@ -88,6 +93,7 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
     tp_group: Any = ps.get_tensor_model_parallel_group()
     pp_group: Any = ps.get_pipeline_model_parallel_group()
     dp_group: Any = ps.get_data_parallel_group()
+    ep_group: Any = ps.get_expert_model_parallel_group()
     mesh = Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -100,6 +106,9 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         dp_rank=dp_group.rank(),
         dp_size=dp_group.size(),
         dp_group=dp_group,
+        ep_rank=ep_group.rank(),
+        ep_size=ep_group.size(),
+        ep_group=ep_group,
     )
     assert mesh.rank in mesh.trainer_ranks(mesh.dp_rank), "Megatron's rank order is not tp-dp-pp"
     return mesh

@@ -6,7 +6,7 @@ rewrites exactly these forms (RULES) while modules of `megatron.core` are loaded
 else: torch, other libraries and user code see the machine as it is. What is not such a form is
 replaced by name (PATCHES), each with its reason.
 
-Left out: CP, EP, packing and FP8 need more and are not offered here.
+Left out: CP, packing and FP8 need more and are not offered here.
 """
 
 from __future__ import annotations
@@ -153,6 +153,16 @@ def _use_cpu_rng(module: Any) -> None:
     )
 
 
+def _no_general_gemm(module: Any) -> None:
+    module.te_general_gemm = None
+
+
+def _splits_as_numpy(module: Any) -> None:
+    module.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
+
+
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "megatron.core.jit",
@@ -163,6 +173,16 @@ PATCHES: tuple[Patch, ...] = (
         "megatron.core.tensor_parallel.random",
         "the RNG tracker reads and sets the state of a CUDA generator",
         _use_cpu_rng,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.moe_utils",
+        "without Transformer Engine the router asks for a name that was never defined",
+        _no_general_gemm,
+    ),
+    Patch(
+        "megatron.core.transformer.moe.token_dispatcher",
+        "split sizes become numbers only on their way from a GPU, and all_to_all wants numbers",
+        _splits_as_numpy,
     ),
 )
 

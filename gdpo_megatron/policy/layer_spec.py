@@ -79,9 +79,13 @@ class SDPACoreAttention(MegatronModule):
 def layer_spec(config: TransformerConfig, platform: Platform) -> ModuleSpec:
     """The layer spec for this platform."""
     if platform.has_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
     spec = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
     submodules: Any = spec.submodules
     submodules.self_attention.submodules.core_attention = SDPACoreAttention

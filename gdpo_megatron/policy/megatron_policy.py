@@ -24,7 +24,12 @@ from torch import Tensor
 from gdpo_megatron.config import schema
 from gdpo_megatron.data.batching import MicroBatch
 from gdpo_megatron.policy.model import MegatronModel
-from gdpo_megatron.policy.optimizer import build_optimizer, build_scheduler, materialize_state
+from gdpo_megatron.policy.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    clip_gradients,
+    materialize_state,
+)
 
 
 class LossFn(Protocol):
@@ -129,24 +134,13 @@ class MegatronPolicy(MegatronModel):
         # Before the step, not after it: the first one of a warmup would have a rate of 0.
         self.scheduler.step(1)
         stats["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        stats["grad_norm"] = self._clip_gradients()
+        stats["grad_norm"] = clip_gradients(self.optimizer)
         if not math.isfinite(stats["grad_norm"]):
             raise FloatingPointError(
                 f"gradient norm is {stats['grad_norm']}; loss statistics: {stats}"
             )
         self.optimizer.step_with_ready_grads()
         return stats
-
-    def _clip_gradients(self) -> float:
-        """Scale the gradients down to the largest norm allowed; returns the norm they had.
-
-        The part of Megatron's `step()` that comes before the weights change, which by itself goes
-        on with a gradient that is not finite.
-        """
-        optimizer: Any = self.optimizer
-        optimizer.prepare_grads()
-        max_norm = optimizer.config.clip_grad
-        return float(optimizer.clip_grad_norm(max_norm) if max_norm else optimizer.get_grad_norm())
 
     def _reduce_stats(
         self, reported: Sequence[Mapping[str, Tensor]], loss_fn: LossFn

@@ -69,6 +69,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=arch.has_qkv_bias,
+        qk_layernorm=arch.has_qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -79,12 +81,28 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         # Micro-batches differ in rows and length: the stages tell each other the shapes.
         variable_seq_lengths=pp > 1,
-        # Megatron checks this for dense models too when shapes vary.
-        moe_token_dispatcher_type="alltoall",
+        **_moe_options(arch, parallel),
         # Losses arrive divided by the global token count; Megatron must only sum gradients.
         calculate_per_token_loss=True,
         **platform.model_overrides,
     )
+
+
+def _moe_options(arch: ModelArchitecture, parallel: ParallelConfig) -> dict[str, Any]:
+    # Megatron checks the dispatcher for dense models too when shapes vary.
+    options: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
+    if arch.moe is None:
+        return options
+    return options | {
+        "num_moe_experts": arch.moe.num_experts,
+        "moe_ffn_hidden_size": arch.moe.intermediate_size,
+        "moe_router_topk": arch.moe.top_k,
+        # A softmax over the chosen logits alone is the normalised form.
+        "moe_router_pre_softmax": not arch.moe.normalize_top_k,
+        # A term of pre-training; here it would pull against the rewards.
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+    }
 
 
 class MegatronModel:
@@ -145,11 +163,21 @@ class MegatronModel:
             # A tied output layer is a parameter of its own only where the embedding is not at hand.
             if self.stage_of(row) != stage or (row.import_only and self.mesh.pp_size == 1):
                 continue
+            ep_rank, expert = self._place_of_expert(row)
+            if ep_rank not in (None, self.mesh.ep_rank):
+                continue
             prefix = "" if row.layer is None else f"decoder.layers.{row.layer - first_layer}."
-            names = [prefix + name for name in row.megatron if prefix + name in parameters]
+            possible = [prefix + name.replace("{expert}", str(expert)) for name in row.megatron]
+            names = [name for name in possible if name in parameters]
             assert len(names) == 1, f"{row.megatron} has {len(names)} parameters on stage {stage}"
             yield row, parameters.pop(names[0])
         assert not parameters, f"parameters without a row in the mapping: {sorted(parameters)}"
+
+    def _place_of_expert(self, row: Row) -> tuple[int | None, int]:
+        """(expert-parallel rank, number there) of a row's expert; (None, 0) of other rows."""
+        if row.expert is None or self.arch.moe is None:
+            return None, 0
+        return divmod(row.expert, self.arch.moe.num_experts // self.mesh.ep_size)
 
     @torch.no_grad()
     def load_hf(self, reader: TensorReader) -> None:
@@ -163,17 +191,17 @@ class MegatronModel:
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All weights under their Hugging Face names, whole, in layer order; on every rank.
 
-        Collective over the trainer's mesh: each tensor is gathered over TP on the stage that holds
-        it and broadcast to the other stages, one row at a time. A yielded tensor may be a view of
-        the parameter: copy what outlives the next update.
+        Collective over the trainer's mesh: each tensor is gathered over TP where it is held, and
+        broadcast to the other expert-parallel ranks and stages, one row at a time. A yielded tensor
+        may be a view of the parameter: copy what outlives the next update.
         """
         mesh, shapes = self.mesh, hf_shapes(self.arch)
         own = {row.hf: parameter for row, parameter in self._stage_rows if not row.import_only}
         for row in mapping_rows(self.arch):
             if row.import_only:
                 continue
-            stage = self.stage_of(row)
-            if stage == mesh.pp_rank:
+            stage, (ep_rank, _) = self.stage_of(row), self._place_of_expert(row)
+            if row.hf in own:
                 full = self._unshard(row, own[row.hf])
                 tensors = [t.contiguous() for t in row.layout.split(full, self.arch)]
             else:
@@ -183,6 +211,10 @@ class MegatronModel:
                     )
                     for n in row.hf
                 ]
+            if ep_rank is not None and mesh.ep_size > 1 and stage == mesh.pp_rank:
+                source = dist.get_global_rank(mesh.ep_group, ep_rank)
+                for tensor in tensors:
+                    dist.broadcast(tensor, source, group=mesh.ep_group)
             if mesh.pp_size > 1:
                 source = dist.get_global_rank(mesh.pp_group, stage)
                 for tensor in tensors:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -68,6 +69,23 @@ def build_scheduler(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def clip_gradients(optimizer: MegatronOptimizer) -> float:
+    """Scale the gradients down to the largest norm allowed; returns the norm they had.
+
+    The part of Megatron's `step()` that comes before the weights change, which by itself goes on
+    with a gradient that is not finite. Experts have an optimizer of their own: the norm is of all.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm() or 0.0)
+    for part in _parts(optimizer):
+        parameters: Any = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    return norm
 
 
 def materialize_state(optimizer: MegatronOptimizer) -> None:

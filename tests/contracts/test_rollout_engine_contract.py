@@ -58,10 +58,10 @@ def scripted_case() -> Case:
 
 
 @pytest.fixture(params=["native", "native_one_row", "scripted"])
-def case(request: pytest.FixtureRequest, llama_folder: Callable[[str], Path]) -> Case:
+def case(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Case:
     if request.param == "scripted":
         return scripted_case()
-    folder = llama_folder("gqa")
+    folder = model_folder("gqa")
     engine = native_engine(
         folder,
         max_sequence_length=MAX_LENGTH,

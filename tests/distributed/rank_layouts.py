@@ -51,11 +51,14 @@ from gdpo_megatron.update import (  # noqa: E402
 
 
 @contextmanager
-def in_layout(tp: int = 1, pp: int = 1, stages: str | None = None) -> Iterator[dict[str, Any]]:
+def in_layout(
+    tp: int = 1, pp: int = 1, ep: int = 1, stages: str | None = None
+) -> Iterator[dict[str, Any]]:
     """The constructor arguments of a model in a layout; several can follow each other."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
         pipeline_model_parallel_layout=stages,
     )
     mesh = meshes.initialize(parallel, platform)

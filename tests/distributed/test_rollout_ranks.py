@@ -24,7 +24,7 @@ FOLDERS = ("gqa", "tied")
 
 @pytest.fixture(scope="module")
 def ranks(
-    llama_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     rng = random.Random(0)
     prompts = [[rng.randrange(3, 300) for _ in range(rng.randint(1, 20))] for _ in range(12)]
@@ -32,7 +32,7 @@ def ranks(
         "rank_rollouts:two_engines_and_one_over_two",
         2,
         tmp_path_factory.mktemp("rollouts") / "run",
-        folders=[str(llama_folder(name)) for name in FOLDERS],
+        folders=[str(model_folder(name)) for name in FOLDERS],
         prompts=[*prompts, prompts[0]],
         options=OPTIONS,
     )

@@ -1,4 +1,4 @@
-"""Small random Llamas with a byte-level tokenizer, written by transformers itself.
+"""Small random models of every family with a byte-level tokenizer, written by transformers itself.
 
 Their weights are large enough that the next token is far from uniform: a wrong rotation, head or
 padding row then shows in the first token.
@@ -15,34 +15,58 @@ import torch
 VOCAB_SIZE = 300  # no multiple of 64: the last TP rank holds padding
 EOS, PAD = 1, 0
 
-LLAMAS: dict[str, dict[str, Any]] = {
-    "gqa": {"num_key_value_heads": 2, "tie_word_embeddings": False},
-    "mha": {"num_key_value_heads": 4, "tie_word_embeddings": False},
-    "tied": {"num_key_value_heads": 4, "tie_word_embeddings": True},
-    "llama3_rope": {
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        },
-    },
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
-"""Name -> what differs from `save_llama`'s own config."""
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "gqa": {"model_type": "llama", "tie_word_embeddings": False},
+    "mha": {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "tied": {"model_type": "llama", "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "llama3_rope": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": _LLAMA3_ROPE,
+    },
+    "mistral": {"model_type": "mistral", "head_dim": 24, "sliding_window": None},
+    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3_tied": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": False},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 24,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+        **_EXPERTS,
+    },
+    "qwen3_moe_raw_weights": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": False,
+        **_EXPERTS,
+    },
+    "mixtral": {"model_type": "mixtral", **_EXPERTS},
+}
+"""Name -> what differs from `save_model`'s own config."""
 
 
-def save_llama(folder: Path, **config: Any) -> None:
+def save_model(folder: Path, model_type: str, **config: Any) -> None:
     """Write a model folder: config, weights, generation config, tokenizer.
 
     Args:
         folder: created if needed.
-        config: fields of transformers' LlamaConfig, over 2 layers of 4 heads of size 16.
+        model_type: of transformers.
+        config: fields of its config class, over 2 layers of 4 heads of size 16.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -50,6 +74,7 @@ def save_llama(folder: Path, **config: Any) -> None:
         "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 128,
         "initializer_range": 0.15,
         "bos_token_id": None,
@@ -57,12 +82,16 @@ def save_llama(folder: Path, **config: Any) -> None:
         "pad_token_id": PAD,
     }
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**(fields | config)))
+    model: Any = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **(fields | config))
+    )
     with torch.no_grad():
-        # Norms of 1 would hide one that is applied twice or not at all.
+        # Norms of 1 and biases of 0 would hide one that is applied twice or not at all.
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
     save_tokenizer(folder)
 
@@ -92,10 +121,14 @@ def save_tokenizer(folder: Path) -> None:
 
 def reference_model(folder: Path) -> Any:
     """Transformers' model of a folder in float64, with its plainest attention."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager", local_files_only=True
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float64,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
     )
     return model.eval()
 

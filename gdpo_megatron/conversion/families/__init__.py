@@ -1,4 +1,4 @@
-"""Model families by Hugging Face `model_type`: a function from config.json to an architecture.
+"""Model families by Hugging Face `model_type`: a table of tensors and a config function each.
 
 Packages add families through the entry point group `gdpo_megatron.families`.
 """
@@ -11,13 +11,26 @@ from typing import Any
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture, read_hf_config
 from gdpo_megatron.conversion.families.llama import llama_architecture
+from gdpo_megatron.conversion.families.mistral import mistral_architecture
+from gdpo_megatron.conversion.families.mixtral import mixtral_architecture
+from gdpo_megatron.conversion.families.qwen2 import qwen2_architecture
+from gdpo_megatron.conversion.families.qwen3 import qwen3_architecture
+from gdpo_megatron.conversion.families.qwen3_moe import qwen3_moe_architecture
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.registry import Registry
 
 ArchitectureFn = Callable[[Mapping[str, Any], str], ModelArchitecture]
 
 families: Registry[ArchitectureFn] = Registry("model family", "gdpo_megatron.families")
-families.add("llama", llama_architecture)
+for _model_type, _read in {
+    "llama": llama_architecture,
+    "mistral": mistral_architecture,
+    "mixtral": mixtral_architecture,
+    "qwen2": qwen2_architecture,
+    "qwen3": qwen3_architecture,
+    "qwen3_moe": qwen3_moe_architecture,
+}.items():
+    families.add(_model_type, _read)
 
 
 def load_architecture(folder: Path) -> ModelArchitecture:

@@ -23,6 +23,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), -1) * sin
 
 
+def _gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate).mul_(up), down)
+
+
 class Decoder:
     """Forward passes of one TP rank.
 
@@ -97,7 +102,7 @@ class Decoder:
         x = self._embed(tokens)
         for index, layer in enumerate(w.layers):
             qk, v = self._project(layer, x)
-            qk = _rotate(qk.view(p, s, -1, d), cos, sin).transpose(1, 2)
+            qk = _rotate(qk, cos, sin).transpose(1, 2)
             q, k = qk.split([w.num_heads, w.num_groups], 1)
             v = v.view(p, s, -1, d).transpose(1, 2)
             self.cache[index, 0, rows, :, :s] = k[prompts]
@@ -130,7 +135,7 @@ class Decoder:
         x = self._embed(tokens)
         for index, layer in enumerate(w.layers):
             qk, v = self._project(layer, x)
-            qk = _rotate(qk.view(n, -1, d), cos, sin)
+            qk = _rotate(qk, cos, sin)
             q, k = qk.split([w.num_heads, w.num_groups], 1)
             keys, values = self.cache[index]
             keys[batch, :, lengths] = k
@@ -145,20 +150,41 @@ class Decoder:
         return self._logits(x)
 
     def _project(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys together, and values, from a layer's input."""
+        """Queries and keys together, [..., n + g, d], and values, from a layer's input."""
         w, d = self.weights, self.weights.arch.head_dim
         normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, w.arch.rms_norm_eps)
-        qk, v = F.linear(normed, layer.qkv).split(
+        qk, v = F.linear(normed, layer.qkv, layer.qkv_bias).split(
             [(w.num_heads + w.num_groups) * d, w.num_groups * d], -1
         )
+        qk = qk.unflatten(-1, (-1, d))
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (d,), eps=w.arch.rms_norm_eps) * layer.qk_norm
         return qk, v
 
     def _finish_layer(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, residual, gated MLP, residual."""
+        """Output projection, residual, gated MLP or experts, residual."""
         x = x + self._all_reduce(F.linear(attended, layer.o))
         normed = F.rms_norm(x, x.shape[-1:], layer.post_norm, self.weights.arch.rms_norm_eps)
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
-        return x + self._all_reduce(F.linear(F.silu(gate).mul_(up), layer.down))
+        if layer.router is not None:
+            return x + self._all_reduce(self._experts(layer, layer.router, normed))
+        return x + self._all_reduce(_gated_mlp(normed, layer.gate_up, layer.down))
+
+    def _experts(self, layer: LayerWeights, router: Tensor, x: Tensor) -> Tensor:
+        """This rank's part of the weighted sum of each token's chosen experts."""
+        moe = self.weights.arch.moe
+        assert moe is not None
+        tokens = x.flatten(0, -2)
+        probabilities = F.linear(tokens, router).float().softmax(-1)
+        weights, chosen = probabilities.topk(moe.top_k, -1)
+        if moe.normalize_top_k:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(x.dtype)
+        out = torch.zeros_like(tokens)
+        for expert in chosen.unique().tolist():
+            rows, slots = (chosen == expert).nonzero(as_tuple=True)
+            done = _gated_mlp(tokens[rows], layer.gate_up[expert], layer.down[expert])
+            out.index_add_(0, rows, done * weights[rows, slots, None])
+        return out.view_as(x)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         w = self.weights

@@ -1,10 +1,13 @@
 """The model's weights as the decoder reads them: one TP rank's part, projections fused.
 
 Filled from the stream of whole Hugging Face tensors that every engine gets, so the trainer's
-layout does not matter here. Per layer (n query heads, g key/value heads of size d, all per rank):
+layout does not matter here. Which tensor fills which part is the mapping table's word: its rows
+name the Megatron parameter, `_parts` says where that parameter's tensors go. Per layer (n query
+heads, g key/value heads of size d, f MLP columns, all per rank; E experts):
 
     qkv [(n + 2g) d, h]   rows of q, then k, then v        o    [h, n d]
     gate_up [2f, h]       rows of gate, then up            down [h, f]
+    with experts: router [E, h], gate_up [E, 2f, h], down [E, h, f]
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture
-from gdpo_megatron.conversion.mapping import hf_shapes
+from gdpo_megatron.conversion.mapping import Row, hf_shapes, mapping_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +28,13 @@ class LayerWeights:
 
     input_norm: Tensor
     qkv: Tensor
+    qkv_bias: Tensor | None
+    """[(n + 2g) d]."""
+    qk_norm: Tensor | None
+    """[n + g, d]: a query head's weights for each query head, then a key head's."""
     o: Tensor
     post_norm: Tensor
+    router: Tensor | None
     gate_up: Tensor
     down: Tensor
 
@@ -37,7 +45,7 @@ class NativeWeights:
     Args:
         arch: shape of the model.
         tp_rank: this rank within its engine.
-        tp_size: ranks of the engine; divides heads, key/value heads and the MLP.
+        tp_size: ranks of the engine; divides heads, key/value heads and the MLP (or each expert).
         dtype: of the weights.
         device: where they live.
     """
@@ -51,59 +59,80 @@ class NativeWeights:
         device: torch.device,
     ):
         self.arch, self._tp_rank, self._tp_size = arch, tp_rank, tp_size
-        h, d, f = arch.hidden_size, arch.head_dim, arch.intermediate_size // tp_size
+        h, d = arch.hidden_size, arch.head_dim
         self.num_heads = arch.num_attention_heads // tp_size
         self.num_groups = arch.num_key_value_heads // tp_size
         # Rows of the vocabulary of this rank; the last ones may be padding.
         self.vocab_rows = arch.padded_vocab_size(tp_size) // tp_size
         self.vocab_start = tp_rank * self.vocab_rows
+        self._mlp_columns = f = arch.mlp_columns // tp_size
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        experts = (arch.moe.num_experts,) if arch.moe else ()
+        qkv_rows = (self.num_heads + 2 * self.num_groups) * d
         self.embedding = empty(self.vocab_rows, h)
         self.output = self.embedding if arch.tie_word_embeddings else empty(self.vocab_rows, h)
         self.final_norm = empty(h)
         self.layers = [
             LayerWeights(
                 input_norm=empty(h),
-                qkv=empty((self.num_heads + 2 * self.num_groups) * d, h),
+                qkv=empty(qkv_rows, h),
+                qkv_bias=empty(qkv_rows) if arch.has_qkv_bias else None,
+                qk_norm=empty(self.num_heads + self.num_groups, d) if arch.has_qk_norm else None,
                 o=empty(h, self.num_heads * d),
                 post_norm=empty(h),
-                gate_up=empty(2 * f, h),
-                down=empty(h, f),
+                router=empty(*experts, h) if arch.moe else None,
+                gate_up=empty(*experts, 2 * f, h),
+                down=empty(*experts, h, f),
             )
             for _ in range(arch.num_layers)
         ]
-        self._targets = self._make_targets()
-
-    def _make_targets(self) -> dict[str, tuple[Tensor, int | None]]:
-        """Hugging Face name -> (view that it fills, dimension that TP cuts, None for none)."""
-        d, f = self.arch.head_dim, self.arch.intermediate_size // self._tp_size
-        targets: dict[str, tuple[Tensor, int | None]] = {
-            "model.embed_tokens.weight": (self.embedding, 0),
-            "model.norm.weight": (self.final_norm, None),
+        self._targets = {
+            name: (view, row.layout.tp_dim)
+            for row in mapping_rows(arch)
+            if not row.import_only
+            for name, view in zip(row.hf, self._parts(row), strict=True)
         }
-        if not self.arch.tie_word_embeddings:
-            targets["lm_head.weight"] = (self.output, 0)
-        sizes = [self.num_heads * d, self.num_groups * d, self.num_groups * d]
-        for index, layer in enumerate(self.layers):
-            q, k, v = layer.qkv.split(sizes)
-            gate, up = layer.gate_up.split(f)
-            prefix = f"model.layers.{index}."
-            targets |= {
-                prefix + "input_layernorm.weight": (layer.input_norm, None),
-                prefix + "self_attn.q_proj.weight": (q, 0),
-                prefix + "self_attn.k_proj.weight": (k, 0),
-                prefix + "self_attn.v_proj.weight": (v, 0),
-                prefix + "self_attn.o_proj.weight": (layer.o, 1),
-                prefix + "post_attention_layernorm.weight": (layer.post_norm, None),
-                prefix + "mlp.gate_proj.weight": (gate, 0),
-                prefix + "mlp.up_proj.weight": (up, 0),
-                prefix + "mlp.down_proj.weight": (layer.down, 1),
+
+    def _parts(self, row: Row) -> list[Tensor]:
+        """The views that the Hugging Face tensors of a row fill, in the row's order."""
+        name = row.megatron[0]
+        if row.layer is None:
+            whole = {
+                "embedding.word_embeddings.weight": self.embedding,
+                "decoder.final_layernorm.weight": self.final_norm,
+                "output_layer.weight": self.output,
             }
-        assert targets.keys() == hf_shapes(self.arch).keys()
-        return targets
+            return [whole[name]]
+        layer = self.layers[row.layer]
+        d, heads, groups = self.arch.head_dim, self.num_heads, self.num_groups
+        if row.expert is not None:
+            gate_up, down = layer.gate_up[row.expert], layer.down[row.expert]
+        else:
+            gate_up, down = layer.gate_up, layer.down
+        of_heads = [heads * d, groups * d, groups * d]
+        parts = {
+            "input_layernorm.weight": [layer.input_norm],
+            "self_attention.linear_qkv.weight": layer.qkv.split(of_heads),
+            "self_attention.linear_proj.weight": [layer.o],
+            "pre_mlp_layernorm.weight": [layer.post_norm],
+            "mlp.linear_fc1.weight": gate_up.split(self._mlp_columns),
+            "mlp.linear_fc2.weight": [down],
+            "mlp.experts.local_experts.{expert}.linear_fc1.weight": gate_up.split(
+                self._mlp_columns
+            ),
+            "mlp.experts.local_experts.{expert}.linear_fc2.weight": [down],
+        }
+        if layer.qkv_bias is not None:
+            parts["self_attention.linear_qkv.bias"] = layer.qkv_bias.split(of_heads)
+        if layer.qk_norm is not None:
+            parts["self_attention.q_layernorm.weight"] = [layer.qk_norm[:heads]]
+            parts["self_attention.k_layernorm.weight"] = [layer.qk_norm[heads:]]
+        if layer.router is not None:
+            parts["mlp.router.weight"] = [layer.router]
+        return list(parts[name])
 
     @torch.no_grad()
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -123,7 +152,7 @@ class NativeWeights:
             seen.add(name)
             target, dim = self._targets[name]
             if dim is None:
-                target.copy_(tensor)
+                target.copy_(tensor)  # a head's norm to every head
                 continue
             size = target.shape[dim]
             start = self._tp_rank * size

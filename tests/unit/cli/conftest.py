@@ -15,10 +15,10 @@ from gdpo_megatron.launch import LaunchOptions
 
 @pytest.fixture
 def job(
-    tmp_path: Path, llama_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Job:
     """A right job; no rank is ever started."""
-    (tmp_path / "model").symlink_to(llama_folder("mha"))
+    (tmp_path / "model").symlink_to(model_folder("mha"))
     config = {
         "run_dir": "run",
         "model": {"hf_path": "model", "max_sequence_length": 64},

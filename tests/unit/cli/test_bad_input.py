@@ -340,10 +340,10 @@ def test_sft_rows(job: Job, run_cli: Cli):
 
 
 @pytest.fixture
-def own_model(job: Job, llama_folder: Callable[[str], Path]) -> Path:
+def own_model(job: Job, model_folder: Callable[[str], Path]) -> Path:
     """A copy of the model in place of the link."""
     (job.folder / "model").unlink()
-    shutil.copytree(llama_folder("mha"), job.folder / "model")
+    shutil.copytree(model_folder("mha"), job.folder / "model")
     return job.folder / "model"
 
 

@@ -72,9 +72,9 @@ def test_generate_completes_as_transformers_does(stories_folder: Path, run_cli: 
     assert outcome.out == expected
 
 
-def test_generate_samples_by_its_seed(llama_folder: Callable[[str], Path], run_cli: Cli):
+def test_generate_samples_by_its_seed(model_folder: Callable[[str], Path], run_cli: Cli):
     def text(*options: str) -> str:
-        outcome = run_cli("generate", str(llama_folder("mha")), "--prompt", "the cat", *options)
+        outcome = run_cli("generate", str(model_folder("mha")), "--prompt", "the cat", *options)
         assert (outcome.code, outcome.err) == (0, "")
         return outcome.out
 
@@ -89,9 +89,9 @@ def test_generate_samples_by_its_seed(llama_folder: Callable[[str], Path], run_c
 
 
 def test_generate_stops_where_the_model_has_no_more_positions(
-    llama_folder: Callable[[str], Path], run_cli: Cli
+    model_folder: Callable[[str], Path], run_cli: Cli
 ):
-    outcome = run_cli("generate", str(llama_folder("mha")), "--prompt", "a" * 126)
+    outcome = run_cli("generate", str(model_folder("mha")), "--prompt", "a" * 126)
     assert outcome.code == 0 and outcome.out.startswith("a" * 126)
 
 
@@ -119,15 +119,15 @@ def test_generate_stops_where_the_model_has_no_more_positions(
     ],
 )
 def test_generate_refuses_bad_input(
-    llama_folder: Callable[[str], Path], run_cli: Cli, arguments: list[str], line: str
+    model_folder: Callable[[str], Path], run_cli: Cli, arguments: list[str], line: str
 ):
-    model = str(llama_folder("mha"))
+    model = str(model_folder("mha"))
     outcome = run_cli("generate", *(it.replace("{model}", model) for it in arguments))
     assert (outcome.code, outcome.out, outcome.err) == (2, "", f"gdpo-megatron: {line}\n")
 
 
-def test_generate_takes_no_config_keys(llama_folder: Callable[[str], Path], run_cli: Cli):
+def test_generate_takes_no_config_keys(model_folder: Callable[[str], Path], run_cli: Cli):
     outcome = run_cli(
-        *("generate", str(llama_folder("mha")), "--prompt", "x", "--rollout.top_k", "3")
+        *("generate", str(model_folder("mha")), "--prompt", "x", "--rollout.top_k", "3")
     )
     assert outcome.code == 2 and "unknown arguments: --rollout.top_k 3" in outcome.err

@@ -18,6 +18,7 @@ from gdpo_megatron.conversion.architecture import (
     ModelArchitecture,
 )
 from gdpo_megatron.conversion.families import load_architecture
+from gdpo_megatron.conversion.families.llama import LAYER_ROWS
 from gdpo_megatron.errors import InputError
 
 Write = Callable[..., Path]
@@ -47,6 +48,7 @@ def test_all_fields(write_config: Write) -> None:
         rope_scaling=None,
         tie_word_embeddings=False,
         initializer_range=0.02,
+        layer_rows=LAYER_ROWS,
     )
 
 

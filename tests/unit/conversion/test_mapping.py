@@ -5,21 +5,25 @@ That Megatron computes the same with them is shown in tests/distributed/test_lay
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from support.models import MODELS
 
-from gdpo_megatron.conversion.architecture import ModelArchitecture
-from gdpo_megatron.conversion.mapping import (
-    QKV,
-    Copy,
-    GatedMLP,
-    Vocabulary,
-    hf_shapes,
-    mapping_rows,
-)
+from gdpo_megatron.conversion.architecture import MixtureOfExperts, ModelArchitecture
+from gdpo_megatron.conversion.families import load_architecture
+from gdpo_megatron.conversion.families.llama import LAYER_ROWS as LLAMA_ROWS
+from gdpo_megatron.conversion.families.mixtral import LAYER_ROWS as MIXTRAL_ROWS
+from gdpo_megatron.conversion.families.qwen2 import LAYER_ROWS as QWEN2_ROWS
+from gdpo_megatron.conversion.families.qwen3_moe import LAYER_ROWS as QWEN3_MOE_ROWS
+from gdpo_megatron.conversion.layouts import QKV, Copy, GatedMLP, Vocabulary
+from gdpo_megatron.conversion.mapping import hf_shapes, mapping_rows
 
 
 def architecture(**changes: Any) -> ModelArchitecture:
@@ -38,6 +42,7 @@ def architecture(**changes: Any) -> ModelArchitecture:
         "rope_scaling": None,
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
+        "layer_rows": LLAMA_ROWS,
         **changes,
     }
     return ModelArchitecture(**values)
@@ -48,6 +53,13 @@ def models(draw: st.DrawFn) -> tuple[ModelArchitecture, int]:
     """An architecture and a TP size that divides what it must."""
     tp = draw(st.sampled_from([1, 2, 3, 4, 8]))
     groups = tp * draw(st.integers(1, 2))
+    rows = draw(st.sampled_from([LLAMA_ROWS, QWEN2_ROWS, QWEN3_MOE_ROWS, MIXTRAL_ROWS]))
+    experts = MixtureOfExperts(
+        num_experts=draw(st.integers(1, 4)),
+        intermediate_size=tp * draw(st.integers(1, 3)),
+        top_k=1,
+        normalize_top_k=True,
+    )
     arch = architecture(
         hidden_size=draw(st.integers(1, 9)),
         intermediate_size=tp * draw(st.integers(1, 5)),
@@ -57,6 +69,8 @@ def models(draw: st.DrawFn) -> tuple[ModelArchitecture, int]:
         vocab_size=draw(st.integers(1, 200)),
         num_layers=draw(st.integers(1, 3)),
         tie_word_embeddings=draw(st.booleans()),
+        layer_rows=rows,
+        moe=experts if rows in (QWEN3_MOE_ROWS, MIXTRAL_ROWS) else None,
     )
     return arch, tp
 
@@ -98,7 +112,7 @@ def test_rows_cover_the_checkpoint_once(model: tuple[ModelArchitecture, int]) ->
     exported = [name for row in rows if not row.import_only for name in row.hf]
     assert exported == list(hf_shapes(arch))
     for layer in (None, *range(arch.num_layers)):
-        names = [name for row in rows if row.layer == layer for name in row.megatron]
+        names = [(name, r.expert) for r in rows if r.layer == layer for name in r.megatron]
         assert len(set(names)) == len(names)
     copies = [row for row in rows if row.import_only]
     assert len(copies) == int(arch.tie_word_embeddings)
@@ -136,29 +150,15 @@ def test_input_dimension_is_cut_on_columns() -> None:
     assert Copy(1).shard(matrix, 1, 2).tolist() == [[2, 3], [6, 7]]
 
 
-def test_shapes_are_those_of_transformers() -> None:
-    """Names and shapes of LlamaForCausalLM's own state dict; head_dim is not hidden / heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    for tied in (False, True):
-        arch = architecture(head_dim=6, hidden_size=8, tie_word_embeddings=tied)
-        with torch.device("meta"):
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    hidden_size=8,
-                    intermediate_size=4,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    head_dim=6,
-                    vocab_size=5,
-                    tie_word_embeddings=tied,
-                )
-            )
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        if tied:
-            del expected["lm_head.weight"]
-        assert hf_shapes(arch) == expected
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_are_those_that_transformers_writes(
+    name: str, model_folder: Callable[[str], Path]
+) -> None:
+    """Names and shapes of a checkpoint of every family; head_dim is not always hidden / heads."""
+    folder = model_folder(name)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        written = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    assert hf_shapes(load_architecture(folder)) == written
 
 
 def test_padded_vocabulary_is_the_same_for_usual_tp_sizes() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import drain, folder_tensors, greedy, native_engine, request
-from support.models import LLAMAS, reference_logits, reference_model
+from support.models import MODELS, reference_logits, reference_model
 from torch import Tensor
 
 from gdpo_megatron.data.tokenizer import load_tokenizer
@@ -34,19 +34,19 @@ TIE = 1e-4
 LOGPROB_ERROR = 3e-5
 
 
-@pytest.fixture(scope="session", params=[*LLAMAS, "stories260K"])
-def model(request: pytest.FixtureRequest, llama_folder: Callable[[str], Path]) -> tuple[Path, Any]:
+@pytest.fixture(scope="session", params=[*MODELS, "stories260K"])
+def model(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> tuple[Path, Any]:
     """(folder, float64 transformers model)."""
     if request.param == "stories260K":
         folder = request.getfixturevalue("stories_folder")
     else:
-        folder = llama_folder(request.param)
+        folder = model_folder(request.param)
     return folder, reference_model(folder)
 
 
 @pytest.fixture
-def gqa(llama_folder: Callable[[str], Path]) -> Path:
-    return llama_folder("gqa")
+def gqa(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("gqa")
 
 
 def make_prompts(number: int, seed: int = 0, longest: int = 20) -> list[tuple[int, ...]]:
