@@ -1,8 +1,11 @@
 """GSM8K: right answer, integer answer, well-formed answer; as in the paper's released code.
 
 Source: NVlabs/GDPO, trl-GDPO/open-r1/src/open_r1/gsm8k.py. Answers compare as strings, and
-`str.isdigit` accepts neither sign nor comma: for the 98 golds like "1,600" or "-3", a right answer
-is no integer. The format is not stripped; one final newline passes.
+`str.isdigit` accepts neither sign nor comma but superscript digits: for the 98 golds like "1,600"
+or "-3", a right answer is no integer. The format is not stripped; one final newline passes.
+
+With `normalized=True` an answer is an integer if it is ASCII digits, commas left out, after an
+optional sign; integers compare as such, in answer and gold alike. Then every right answer is one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from gdpo_megatron.rewards.base import (
     register_reward,
 )
 
+_INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 _FORMAT = re.compile(r"^<think>.*?</think>\n<answer>.*?</answer>$", re.DOTALL)
 
 
@@ -24,19 +28,36 @@ def gold_answer(answer: str) -> str:
     return (answer.split("####")[1] if "####" in answer else answer).strip()
 
 
-def correctness_reward(completion: str, answer: str) -> float:
-    """1.0 if the completion's answer equals the gold as a string, else 0.0.
+def correctness_reward(completion: str, answer: str, *, normalized: bool = False) -> float:
+    """1.0 if the completion's answer is the gold, else 0.0.
 
     Args:
         completion: the last `<answer>` counts; without tags, the whole text.
         answer: the gold string, or GSM8K's full answer with its `####`.
+        normalized: compare as integers instead of as strings.
+
+    Raises:
+        ValueError: the gold is no integer, and `normalized`.
     """
-    return 1.0 if _extract(completion) == gold_answer(answer) else 0.0
+    found, gold = _extract(completion), gold_answer(answer)
+    if not normalized:
+        return 1.0 if found == gold else 0.0
+    expected = _normalized(gold)
+    if expected is None:
+        raise ValueError(f"gold {gold!r} is no integer; leave out normalized")
+    return 1.0 if _normalized(found) == expected else 0.0
 
 
-def integer_reward(completion: str) -> float:
-    """1.0 if the completion's answer is all digits (`str.isdigit`), else 0.0."""
-    return 1.0 if _extract(completion).isdigit() else 0.0
+def integer_reward(completion: str, *, normalized: bool = False) -> float:
+    """1.0 if the completion's answer is an integer, else 0.0.
+
+    Args:
+        completion: the last `<answer>` counts; without tags, the whole text.
+        normalized: allow a sign and commas and take ASCII digits only, instead of `str.isdigit`.
+    """
+    found = _extract(completion)
+    is_integer = _normalized(found) is not None if normalized else found.isdigit()
+    return 1.0 if is_integer else 0.0
 
 
 def format_reward(completion: str) -> float:
@@ -57,18 +78,24 @@ def _extract(completion: str) -> str:
     return completion.split("<answer>")[-1].split("</answer>")[0].strip()
 
 
+def _normalized(text: str) -> tuple[bool, str] | None:
+    # Not int(): it refuses numbers of more than 4,300 digits.
+    match = _INTEGER.fullmatch(text.replace(",", ""))
+    return None if match is None else (match[1] == "-" and match[2] != "0", match[2])
+
+
 @register_reward("gsm8k_correctness", check_answer=validate_answer)
-def gsm8k_correctness(sample: RewardSample) -> RewardResult:
+def gsm8k_correctness(sample: RewardSample, normalized: bool = False) -> RewardResult:
     """`correctness_reward` against the row's answer; does not apply to rows without one."""
     if sample.answer is None:
         return NOT_APPLICABLE
-    return correctness_reward(sample.completion, sample.answer)
+    return correctness_reward(sample.completion, sample.answer, normalized=normalized)
 
 
 @register_reward("gsm8k_integer")
-def gsm8k_integer(sample: RewardSample) -> RewardResult:
+def gsm8k_integer(sample: RewardSample, normalized: bool = False) -> RewardResult:
     """`integer_reward` of the completion."""
-    return integer_reward(sample.completion)
+    return integer_reward(sample.completion, normalized=normalized)
 
 
 @register_reward("gsm8k_format")

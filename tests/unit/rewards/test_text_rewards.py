@@ -62,3 +62,5 @@ def test_length_is_inclusive_and_a_cut_completion_is_too_long():
     assert length(sample(5, "stop"), limit=4) == 0.0
     assert length(sample(4, "length"), limit=4) == 0.0
     assert length(sample(5, "length"), limit=4) == 0.0
+    assert length(sample(5, "stop"), limit=4, count_stop_token=False) == 1.0
+    assert length(sample(6, "stop"), limit=4, count_stop_token=False) == 0.0

@@ -5,11 +5,17 @@ Not covered here: agreement with the released code on random input, which needs 
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gdpo_megatron.rewards import NOT_APPLICABLE, RewardSample
+from gdpo_megatron.rewards.base import collect_events
 from gdpo_megatron.rewards.builtin import tool_call
 from gdpo_megatron.rewards.builtin.tool_call import (
     correctness_reward,
@@ -231,6 +237,127 @@ def test_registered_forms():
     assert tool_call.tool_call_correctness(without) is NOT_APPLICABLE
 
 
+def test_paper_mode_matches_optimally():
+    gold = answer(call("A", x=1, y=9), call("A", x=1, y=2))
+    completion = answer(call("A", x=1, y=2), call("A", x=1, y=3))
+    # Names {A} both; gold 1 with prediction 2: 1 + 1, gold 2 with prediction 1: 1 + 2. S = 6 of 7.
+    assert correctness_reward(completion, gold, "paper") == 6.0 * 6.0 / 7.0 - 3.0
+    assert correctness_reward(completion, gold, "paper") == pytest.approx(2.142857, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (GOLD, 3.0),
+        (answer(call("A", x=1, y="c")), 1.5),
+        (answer(call("B", x=1, y="b")), -3.0),
+        (answer(call("A", x=1, y="b"), call("B")), 2.25),  # names 1/2
+        # A repeated call costs nothing: the names are a set.
+        (answer(call("A", x=1, y="b"), call("A", x=1, y="b")), 3.0),
+        (answer(call("A", x=1, y="b"), think="<think> by <tool_call> </think>\n"), 3.0),
+        (answer(call("A", x=1, y="b"), think=""), 3.0),
+        ("<think> <tool_call>\n" + call("A", x=1, y="b") + "\n</tool_call> </think>", -3.0),
+        (answer("nothing"), -3.0),
+        (answer('{"name": "A", "parameters": null}'), -3.0),
+        (answer(call("A", x=1, y="b"), '{"name": 5, "parameters": {}}'), 2.25),
+        ("", -3.0),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", -3.0),
+    ],
+)
+def test_paper_mode(completion: str, expected: float):
+    assert correctness_reward(completion, GOLD, mode="paper") == expected
+
+
+def test_name_overlap_is_a_choice_of_its_own():
+    # S_max = 4, S = names + 1 + 2; names A, A against A: 1/2 as multisets, 1 as sets.
+    twice = answer(call("A", x=1, y="b"), call("A", x=1, y="b"))
+    for mode in ("reference", "paper"):
+        as_multiset = correctness_reward(twice, GOLD, mode, name_overlap="multiset")
+        as_set = correctness_reward(twice, GOLD, mode, name_overlap="set")
+        assert (as_multiset, as_set) == (6.0 * 3.5 / 4.0 - 3.0, 3.0)
+    assert correctness_reward(twice, GOLD) == 2.25
+    assert correctness_reward(twice, GOLD, "paper") == 3.0
+
+
+def test_paper_mode_gold_without_calls_is_constant_zero():
+    for completion in ("", GOLD, "<tool_call>broken"):
+        assert correctness_reward(completion, RESPONSE_GOLD, "paper") == 0.0
+
+
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "name": st.sampled_from("AB"),
+            "parameters": st.dictionaries(st.sampled_from("xyz"), st.integers(0, 2), max_size=3),
+        }
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(gold=CALLS, predicted=CALLS, data=st.data())
+def test_optimal_matching_is_no_worse_than_greedy_and_knows_no_order(
+    gold: list[dict[str, Any]], predicted: list[dict[str, Any]], data: st.DataObject
+):
+    def text(calls: list[dict[str, Any]]) -> str:
+        return answer(*[json.dumps(one) for one in calls])
+
+    def optimal(gold: list[dict[str, Any]], predicted: list[dict[str, Any]]) -> float:
+        return correctness_reward(text(predicted), text(gold), "paper", name_overlap="multiset")
+
+    best = optimal(gold, predicted)
+    greedy = correctness_reward(text(predicted), text(gold))
+    assert -3.0 <= greedy <= best + 1e-12 <= 3.0 + 2e-12
+    shuffled = data.draw(st.permutations(gold)), data.draw(st.permutations(predicted))
+    assert optimal(*shuffled) == pytest.approx(best, abs=1e-12)
+    assert optimal(gold, gold) == 3.0
+    # The sum of the best pairs, by trying all of them.
+    indices = list(range(max(len(gold), len(predicted))))
+    by_hand = max(
+        sum(
+            _pair(gold[j], predicted[i])
+            for j, i in enumerate(order)
+            if j < len(gold) and i < len(predicted)
+        )
+        for order in itertools.permutations(indices)
+    )
+    names = Counter(g["name"] for g in gold), Counter(p["name"] for p in predicted)
+    overlap = (names[0] & names[1]).total() / (names[0] | names[1]).total()
+    best_possible = 1 + sum(1 + len(g["parameters"]) for g in gold)
+    assert best == pytest.approx(6 * (overlap + by_hand) / best_possible - 3, abs=1e-12)
+
+
+def _pair(gold: dict[str, Any], predicted: dict[str, Any]) -> float:
+    if gold["name"] != predicted["name"]:
+        return 0.0
+    first, second = gold["parameters"], predicted["parameters"]
+    union = first.keys() | second.keys()
+    keys = len(first.keys() & second.keys()) / len(union) if union else 1.0
+    return keys + len(first.items() & second.items())
+
+
+PIECES = st.lists(st.sampled_from([*'<>/{}[]":,\n 1', "<tool_call>", "</tool_call>", call("A")]))
+
+
+@given(PIECES.map("".join))
+def test_any_completion_has_a_score(completion: str):
+    for mode in ("reference", "paper"):
+        for gold in (GOLD, RESPONSE_GOLD):
+            assert -3.0 <= correctness_reward(completion, gold, mode) <= 3.0
+            assert format_reward(completion, gold) in (0.0, 1.0)
+
+
+def test_what_cannot_be_read_is_counted():
+    with collect_events() as events:
+        for mode in ("reference", "paper"):
+            correctness_reward("", GOLD, mode)
+            correctness_reward(answer("nothing"), GOLD, mode)
+            correctness_reward(answer('{"name": "A"}'), GOLD, mode)
+            correctness_reward(answer(call("B")), GOLD, mode)
+    assert events == {"no_calls": 2, "unreadable_calls": 4}
+
+
 @pytest.mark.parametrize(
     ("file", "num_tool", "num_response"), [("test", 71, 9), ("train", 328, 54)]
 )
@@ -241,6 +368,7 @@ def test_real_ground_truths_are_maximal_against_themselves(
     for gold in golds:
         validate_ground_truth(gold)
         assert format_reward(gold, gold) == 1.0
-    scores = [correctness_reward(gold, gold) for gold in golds]
-    assert (scores.count(3.0), scores.count(0.0)) == (num_tool, num_response)
+    for mode in ("reference", "paper"):
+        scores = [correctness_reward(gold, gold, mode) for gold in golds]
+        assert (scores.count(3.0), scores.count(0.0)) == (num_tool, num_response)
     assert len(golds) == num_tool + num_response
