@@ -160,7 +160,7 @@ def test_plain_frequencies_by_hand(write_config: Write) -> None:
         ({"num_attention_heads": True}, "'num_attention_heads' must be a number, got True"),
         ({"num_attention_heads": 0}, "'num_attention_heads' must be positive, got 0"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value"),
-        ({"model_type": "qwen2"}, "no model family named 'qwen2'; "),
+        ({"model_type": "gpt2"}, "no model family named 'gpt2'; "),
         ({"model_type": "lama"}, "no model family named 'lama'; did you mean 'llama'?"),
         ({"model_type": None}, "no model_type"),
     ],

@@ -109,6 +109,29 @@ def _fork_of_the_tracker() -> dict[str, bool]:
     }
 
 
+def _router_logits() -> list[list[float]]:
+    """Two tokens through the linear layer of a router with two experts."""
+    from megatron.core.transformer.moe import moe_utils
+
+    weight = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    return moe_utils.router_gating_linear(torch.eye(2), weight, None, torch.float32).tolist()
+
+
+def _splits() -> str:
+    """Type of the split sizes that the token dispatcher hands to all_to_all."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    splits: Any = token_dispatcher.maybe_move_tensor_to_cpu(torch.tensor([1, 2]), as_numpy=True)
+    return type(splits).__name__
+
+
+def _attempt(action: Any) -> Any:
+    try:
+        return action()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def _report(folder: Path) -> dict[str, Any]:
     import torch.cuda as before
 
@@ -125,10 +148,9 @@ def _report(folder: Path) -> dict[str, Any]:
         report["where"] = f"{frame.filename}:{frame.lineno}"
     from megatron.core import jit
 
-    try:
-        report["fork"] = _fork_of_the_tracker()
-    except BaseException as error:
-        report["fork"] = f"{type(error).__name__}: {error}"
+    report["fork"] = _attempt(_fork_of_the_tracker)
+    report["router_logits"] = _attempt(_router_logits)
+    report["splits"] = _attempt(_splits)
     report["sites"] = dict(megatron_cpu.rewritten_sites)
     report["jit_fuser"] = f"{jit.jit_fuser.__module__}.{jit.jit_fuser.__name__}"
     report["num_hooks"] = sum(isinstance(it, megatron_cpu._Finder) for it in sys.meta_path)

@@ -231,8 +231,25 @@ def test_rng_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
     assert "torch.cuda.random" in probe["patch:megatron.core.tensor_parallel.random"]["fork"]
 
 
+def test_router_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
+    assert probe["all"]["router_logits"] == [[1.0, 0.0], [2.0, 3.0]]
+    error = probe["patch:megatron.core.transformer.moe.moe_utils"]["router_logits"]
+    assert error == "NameError: name 'te_general_gemm' is not defined"
+
+
+def test_dispatcher_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
+    """all_to_all_single takes numbers; on a GPU they become numbers on their way to the host."""
+    assert probe["all"]["splits"] == "ndarray"
+    assert probe["patch:megatron.core.transformer.moe.token_dispatcher"]["splits"] == "Tensor"
+
+
 def test_every_patch_has_a_canary() -> None:
-    assert PATCH_CASES == ["patch:megatron.core.jit", "patch:megatron.core.tensor_parallel.random"]
+    assert PATCH_CASES == [
+        "patch:megatron.core.jit",
+        "patch:megatron.core.tensor_parallel.random",
+        "patch:megatron.core.transformer.moe.moe_utils",
+        "patch:megatron.core.transformer.moe.token_dispatcher",
+    ]
 
 
 def test_null_namespace_holds_nothing_that_is_not_asked_for(
