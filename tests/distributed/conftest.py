@@ -7,7 +7,7 @@ from typing import Any
 
 import plain_torch
 import pytest
-from tiny_llama import MODELS, make_rollouts, write_models
+from tiny_llama import FAMILIES, MODELS, make_rollouts, write_models
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def plain(models: Path) -> dict[str, dict[str, Any]]:
             "logprobs": plain_torch.all_logprobs(plain_torch.load(models / name), rollouts),
             **plain_torch.updates(models / name, models / f"{name}_reference", rollouts),
         }
-        for name in MODELS
+        for name in MODELS | FAMILIES
     }
 
 

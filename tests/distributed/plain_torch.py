@@ -6,6 +6,7 @@ compared with something that shares no code with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from torch import Tensor
 
 
 def load(folder: Path) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        local_files_only=True,
     )
 
 
@@ -94,5 +99,22 @@ def updates(folder: Path, reference_folder: Path, rollouts: Rollouts) -> dict[st
         )
         optimizer.step()
         losses.append(float(loss.detach()))
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {
+        part: tensor.clone()
+        for name, parameter in model.named_parameters()
+        for part, tensor in _as_written(name, parameter.detach())
+    }
     return {"losses": losses, "grad_norms": norms, "weights": weights}
+
+
+def _as_written(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A parameter under the names of a checkpoint, where each expert has tensors of its own."""
+    module, _, kind = name.rpartition(".")
+    if kind not in ("gate_up_proj", "down_proj"):
+        yield name, tensor
+        return
+    for expert, part in enumerate(tensor):
+        parts = part.chunk(2) if kind == "gate_up_proj" else (part,)
+        kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        for own, matrix in zip(kinds, parts, strict=True):
+            yield f"{module}.{expert}.{own}.weight", matrix

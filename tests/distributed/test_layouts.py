@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from rank_harness import run_ranks
-from tiny_llama import MODELS, NUM_MINIBATCHES, OPTIMIZER, TinyWeights, make_rollouts
+from tiny_llama import FAMILIES, MODELS, NUM_MINIBATCHES, OPTIMIZER, TinyWeights, make_rollouts
 
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.mapping import hf_shapes
@@ -45,6 +45,11 @@ TWO_RANKS: dict[str, Layout] = {
     "pp2, 2 and 3": {"pp": 2, "stages": "Ett|tttL"},
     "pp2, 0 and 5": {"pp": 2, "stages": "E|tttttL"},
     "dp2": {},
+}
+FAMILY_LAYOUTS: dict[str, dict[str, Layout]] = {
+    "qwen2": {"tp2": {"tp": 2}},
+    "qwen3": {"tp2": {"tp": 2}},
+    "experts": {"pp2": {"pp": 2}, "dp2": {}, "ep2": {"ep": 2}},
 }
 MUTANTS: dict[str, tuple[Layout, str]] = {
     "denominator_of_rank": ({}, "losses"),
@@ -110,7 +115,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def one_rank(models: Path, engine_logprobs: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    cases = {name: case(name, {}) for name in MODELS}
+    cases = {name: case(name, {}) for name in MODELS | FAMILIES}
     cases["padding"] = case("tied", {}, mutant="padding_in_softmax")
     cases["bfloat16"] = case("tied", {}, dtype="bfloat16", updates=1)
     cases["float32"] = case("tied", {}, updates=1)
@@ -124,6 +129,11 @@ def two_ranks(models: Path, engine_logprobs: Any, tmp_path_factory: pytest.TempP
         for model in MODELS
         for name, layout in TWO_RANKS.items()
     }
+    cases |= {
+        f"{model} {name}": case(model, layout)
+        for model, layouts in FAMILY_LAYOUTS.items()
+        for name, layout in layouts.items()
+    }
     cases |= {m: case("tied", layout, mutant=m) for m, (layout, _) in MUTANTS.items()}
     cases["bfloat16"] = case("tied", {"tp": 2}, dtype="bfloat16", updates=1)
     return run(cases, 2, models, engine_logprobs, tmp_path_factory.mktemp("two") / "run")
@@ -133,7 +143,7 @@ def two_ranks(models: Path, engine_logprobs: Any, tmp_path_factory: pytest.TempP
 def start(models: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The weights that all start from."""
     weights: dict[str, dict[str, torch.Tensor]] = {}
-    for model in MODELS:
+    for model in MODELS | FAMILIES:
         arch = load_architecture(models / model)
         source = TinyWeights(arch)
         weights[model] = {name: source.get(name) for name in hf_shapes(arch)}
@@ -193,7 +203,7 @@ def assert_same(
 # ---- one process against transformers and plain torch --------------------------------------------
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODELS | FAMILIES)
 def test_single_process_is_transformers(
     model: str, one_rank: Results, plain: Results, start: Any
 ) -> None:
@@ -241,6 +251,15 @@ def test_two_ranks(
     assert_same(result, one_rank[model], start[model])
     rows = {"dp2": [[1, 2], [2, 2], [1, 0]]}.get(layout, [[3], [4], [1]])
     assert result["rows_of_ranks"] == rows  # uneven, and in the end an empty rank
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"), [(m, name) for m, layouts in FAMILY_LAYOUTS.items() for name in layouts]
+)
+def test_families_on_two_ranks(
+    model: str, layout: str, one_rank: Results, two_ranks: Results, start: Any
+) -> None:
+    assert_same(two_ranks[f"{model} {layout}"], one_rank[model], start[model])
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

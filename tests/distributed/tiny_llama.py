@@ -20,7 +20,8 @@ from gdpo_megatron.config.loss import LossConfig, MismatchConfig
 from gdpo_megatron.config.schema import OptimizerConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_io import RandomWeights, write_hf_folder
+from gdpo_megatron.conversion.hf_io import RandomWeights
+from gdpo_megatron.conversion.hf_writer import write_hf_folder
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.types import Prompt
 
@@ -72,6 +73,21 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     },
 }
+_OTHERS = {**_COMMON, "num_hidden_layers": 3, "rope_theta": 10000.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {**_OTHERS, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {**_OTHERS, "model_type": "qwen3", "head_dim": 16},
+    "experts": {
+        **_OTHERS,
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+    },
+}
+"""What training adds to MODELS: biases, norms of heads that TP shares, experts."""
 
 
 class TinyWeights(RandomWeights):
@@ -88,7 +104,7 @@ class TinyWeights(RandomWeights):
         self._tensors: dict[str, Tensor] = {}
         for name, shape in hf_shapes(arch).items():
             tensor = super().get(name)
-            if name.endswith("norm.weight"):
+            if len(shape) == 1:
                 tensor = tensor + 0.3 * torch.randn(shape, generator=noise)
             step = torch.randn(shape, generator=noise) * tensor.std()
             self._tensors[name] = tensor + distance * step
@@ -98,8 +114,8 @@ class TinyWeights(RandomWeights):
 
 
 def write_models(folder: Path) -> None:
-    """Write <folder>/tied and untied, and for each a reference with other weights."""
-    for name, config in MODELS.items():
+    """Write <folder>/NAME for each model, and for each a reference with other weights."""
+    for name, config in (MODELS | FAMILIES).items():
         source = folder / f"{name}_config"
         source.mkdir(parents=True)
         (source / "config.json").write_text(json.dumps(config))
