@@ -3,6 +3,14 @@
 `configure` is called once in each process that runs rewards, `shared_sandbox` by the rewards.
 """
 
+from gdpo_megatron.sandbox.pool import Sandbox
+from gdpo_megatron.sandbox.results import (
+    NO_VALUE,
+    Execution,
+    Limits,
+    SandboxUnavailable,
+    Status,
+)
 from gdpo_megatron.sandbox.shared import (
     close_shared,
     configure,
@@ -11,6 +19,12 @@ from gdpo_megatron.sandbox.shared import (
 )
 
 __all__ = [
+    "NO_VALUE",
+    "Execution",
+    "Limits",
+    "Sandbox",
+    "SandboxUnavailable",
+    "Status",
     "close_shared",
     "configure",
     "shared_config",

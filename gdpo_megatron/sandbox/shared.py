@@ -9,12 +9,9 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from typing import TYPE_CHECKING
 
 from gdpo_megatron.config.sandbox import SandboxConfig
-
-if TYPE_CHECKING:  # most processes that configure a sandbox never run one
-    from gdpo_megatron.sandbox.pool import Sandbox
+from gdpo_megatron.sandbox.pool import Sandbox
 
 _lock = threading.Lock()
 _config = SandboxConfig()
@@ -51,8 +48,6 @@ def shared_sandbox() -> Sandbox:
     global _sandbox, _owner
     with _lock:
         if _sandbox is None or _owner != os.getpid():
-            from gdpo_megatron.sandbox.pool import Sandbox
-
             _sandbox, _owner = Sandbox(_config, num_workers=_num_workers), os.getpid()
         return _sandbox
 

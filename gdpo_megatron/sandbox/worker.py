@@ -73,7 +73,7 @@ class Worker:
         launch = make_launch(isolation, allow_numpy=allow_numpy)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the worker
+        self._stderr = tempfile.TemporaryFile()  # closed with the worker
         try:
             self._process = subprocess.Popen(
                 launch.command,
@@ -152,9 +152,7 @@ class Worker:
                 os.set_blocking(ours, False)
                 run.pipes[ours] = name
                 theirs.append(other)
-            header = HEADER.pack(
-                run.limits.cpu_seconds, self._base_bytes + run.limits.memory_bytes
-            )
+            header = HEADER.pack(run.limits.cpu_seconds, self._base_bytes + run.limits.memory_bytes)
             socket.send_fds(self._control, [header], theirs)
         finally:
             for descriptor in theirs:
