@@ -15,12 +15,9 @@ from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_io import (
-    HFCheckpoint,
-    RandomWeights,
-    stop_token_ids,
-    write_hf_folder,
-)
+from gdpo_megatron.conversion.hf_io import RandomWeights, stop_token_ids
+from gdpo_megatron.conversion.hf_writer import write_hf_folder
+from gdpo_megatron.conversion.model_folder import copy_model_config, model_files, open_checkpoint
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
@@ -36,7 +33,7 @@ class Parts:
     Args:
         platform: the machine.
         mesh: the trainer's mesh.
-        folder: the model's Hugging Face folder.
+        folder: the model's folder, of either format.
         arch: its shape.
         tokenizer: its tokenizer.
     """
@@ -55,7 +52,7 @@ class Parts:
         """Where the initial weights come from."""
         if self.model.init == "random":
             return RandomWeights(self.arch, self.seed)
-        return HFCheckpoint(self.folder, self.arch)
+        return open_checkpoint(self.folder, self.arch)
 
     def model_kwargs(self) -> dict[str, object]:
         """Constructor arguments of MegatronModel besides `arch`."""
@@ -92,7 +89,14 @@ class Parts:
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: of the generation config, else of the tokenizer."""
-        return stop_token_ids(self.folder, self.tokenizer.eos_token_id)
+        return stop_token_ids(model_files(self.folder), self.tokenizer.eos_token_id)
+
+    def write_hf_files(self, folder: Path) -> None:
+        """Write what a checkpoint needs to be a model again: config, tokenizer, stop tokens."""
+        copy_model_config(
+            model_files(self.folder), folder, getattr(torch, self.precision.params_dtype)
+        )
+        self.tokenizer.save(folder)
 
     def export(self, model: MegatronModel, folder: Path) -> None:
         """Write a Hugging Face folder; collective."""
@@ -125,12 +129,13 @@ def build_parts(
     import gdpo_megatron.rollout.native  # noqa: F401  # registers the engine
 
     folder = resolve_path(base_dir, model.hf_path)
-    tokenizer_path = resolve_path(base_dir, model.tokenizer_path or model.hf_path)
+    files = model_files(folder)
+    tokenizer_path = resolve_path(base_dir, model.tokenizer_path) if model.tokenizer_path else files
     return Parts(
         platform=platform,
         mesh=meshes.initialize(parallel, platform),
         folder=folder,
-        arch=load_architecture(folder),
+        arch=load_architecture(files),
         tokenizer=load_tokenizer(tokenizer_path),
         model=model,
         parallel=parallel,

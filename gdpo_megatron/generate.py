@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_io import HFCheckpoint, stop_token_ids
-from gdpo_megatron.conversion.mapping import hf_shapes
+from gdpo_megatron.conversion.hf_io import stop_token_ids
+from gdpo_megatron.conversion.hf_writer import hf_tensors
+from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
 from gdpo_megatron.data.tokenizer import load_tokenizer
 from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.errors import InputError
@@ -31,7 +32,7 @@ def generate_texts(
     """Complete prompts.
 
     Args:
-        folder: Hugging Face model folder.
+        folder: model folder, of either format, or a checkpoint of a run.
         prompts: texts to go on from.
         sampling: how; its stop_token_ids are replaced by the model's.
         seed: of the sampling noise.
@@ -47,9 +48,10 @@ def generate_texts(
     """
     platform = detect_platform()
     platform.setup(0)
-    arch = load_architecture(folder)
-    reader = HFCheckpoint(folder, arch)
-    tokenizer = load_tokenizer(tokenizer_path or folder)
+    files = model_files(folder)
+    arch = load_architecture(files)
+    checkpoint = open_checkpoint(folder, arch)
+    tokenizer = load_tokenizer(tokenizer_path or files)
     requests = [
         RolloutRequest(
             request_id=i,
@@ -75,8 +77,8 @@ def generate_texts(
         max_sequence_length=min(arch.max_position_embeddings, longest),
         max_concurrent_sequences=len(requests),
     )
-    engine.load_weights(((name, reader.get(name)) for name in hf_shapes(arch)), 0)
-    sampling = replace(sampling, stop_token_ids=stop_token_ids(folder, tokenizer.eos_token_id))
+    engine.load_weights(hf_tensors(checkpoint, arch), 0)
+    sampling = replace(sampling, stop_token_ids=stop_token_ids(files, tokenizer.eos_token_id))
     done = generate(engine, requests, sampling)
     if not with_prompt:
         return [finished.completion.text for finished in done]

@@ -68,7 +68,12 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
         make_reader=parts.reader,
         **parts.model_kwargs(),
     )
-    checkpoints = CheckpointManager(run_dir, keep_last=config.checkpoint.keep_last, mesh=mesh)
+    checkpoints = CheckpointManager(
+        run_dir,
+        keep_last=config.checkpoint.keep_last,
+        mesh=mesh,
+        write_hf_files=parts.write_hf_files,
+    )
     state = checkpoints.load_latest(policy)
     step = 0 if state is None else int(state["step"])
     if state is not None:

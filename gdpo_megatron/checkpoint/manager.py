@@ -3,6 +3,7 @@
     <run_dir>/checkpoints/step_00000050/   model, optimizer, schedule (any layout can load them)
                           .../run.json     step, policy_version, sampler
                           .../rng_00000.json   random state of each rank
+                          .../hf/      config.json, tokenizer: what makes it a model folder
 
 A checkpoint is written beside its place and renamed when every rank is done, so a folder that has
 the name is whole. The newest one is where a run goes on.
@@ -15,6 +16,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
+from gdpo_megatron.conversion.model_folder import HF_FILES
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 
@@ -36,11 +39,21 @@ class CheckpointManager:
         run_dir: folder of the run.
         keep_last: how many checkpoints stay.
         mesh: the trainer's mesh.
+        write_hf_files: writes the model's config and tokenizer into a folder. Going on does not
+            need them; with them a checkpoint can be converted, generated from, started from.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int, mesh: Mesh):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_last: int,
+        mesh: Mesh,
+        write_hf_files: Callable[[Path], None] | None = None,
+    ):
         self._folder = run_dir / "checkpoints"
         self._keep_last, self._mesh = keep_last, mesh
+        self._write_hf_files = write_hf_files
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
@@ -69,6 +82,9 @@ class CheckpointManager:
         if self._mesh.rank == 0:
             run = {"step": step, "world_size": self._mesh.world_size, **state}
             (partial / "run.json").write_text(json.dumps(run, indent=2))
+            if self._write_hf_files is not None:
+                (partial / HF_FILES).mkdir()
+                self._write_hf_files(partial / HF_FILES)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in self.steps()[: -self._keep_last]:

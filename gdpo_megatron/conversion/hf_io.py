@@ -1,7 +1,8 @@
-"""Reading and writing Hugging Face model folders: safetensors only, one tensor at a time.
+"""Reading Hugging Face model folders, one tensor at a time.
 
-A checkpoint is checked against the tensors that its config asks for before anything is loaded, and
-an export appears under its name only when it is whole.
+safetensors first; a folder that has only pytorch_model*.bin is read by torch's weights-only loader,
+which runs nothing that is in the file. A checkpoint is checked against the tensors that its config
+asks for before anything is loaded. hf_writer.py is the other direction.
 """
 
 from __future__ import annotations
@@ -9,63 +10,154 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture, read_json
-from gdpo_megatron.conversion.mapping import hf_shapes
+from gdpo_megatron.conversion.checks import dtype_name, one_line, refuse
+from gdpo_megatron.conversion.mapping import hf_shapes, mapping_rows
 from gdpo_megatron.errors import InputError
 
-_MAX_PROBLEMS = 20
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+
+_BIN = "pytorch_model.bin"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+# Buffers that old Llama checkpoints carry; everybody computes them from the config.
+_COMPUTED = ".rotary_emb.inv_freq"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _dtype(name: str) -> torch.dtype | str:
+    """torch's dtype of a name in a safetensors header; the name where torch has none."""
+    return _DTYPES.get(name, name)
+
+
+Headers = dict[str, tuple[torch.dtype | str, tuple[int, ...]]]
+"""(dtype, shape) of each tensor of a file; the name of a dtype that torch does not have."""
+
+
+class WeightFile(Protocol):
+    """One file of a checkpoint."""
+
+    headers: Headers
+
+    def get(self, name: str) -> Tensor: ...
+
+
+class _Safetensors:
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+                self.headers: Headers = {
+                    name: (_dtype(str(part.get_dtype())), tuple(part.get_shape()))
+                    for name, part in slices.items()
+                }
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: damaged file: {one_line(error)}") from error
+
+    def get(self, name: str) -> Tensor:
+        # Opened for each tensor: what stays open stays mapped, and the whole file with it.
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name)
+
+
+class _TorchBin:
+    def __init__(self, path: Path):
+        try:
+            # Files of old torch versions are no zip archives and cannot be mapped.
+            tensors = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+        except Exception as error:  # torch raises half a dozen kinds, pickle's own among them
+            reason = one_line(error)
+            if "weights_only" in reason:
+                reason = "it holds more than tensors, which is not loaded"
+            raise InputError(f"{path}: damaged file: {reason}") from error
+        if not isinstance(tensors, dict) or not all(
+            isinstance(t, Tensor) for t in tensors.values()
+        ):
+            raise InputError(f"{path}: not a dictionary of tensors")
+        self._tensors: dict[str, Tensor] = tensors
+        self.headers: Headers = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+    def get(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+_KINDS: tuple[tuple[str, str, type[_Safetensors] | type[_TorchBin]], ...] = (
+    (SAFETENSORS_INDEX, SAFETENSORS, _Safetensors),
+    (_BIN_INDEX, _BIN, _TorchBin),
+)
 
 
 class HFCheckpoint:
     """The tensors of a Hugging Face folder, read on demand.
 
+    Attributes:
+        folder: where it is.
+        dtypes: of each tensor of the architecture.
+
     Raises:
-        InputError: no safetensors, a tensor missing, left over, or of the wrong shape.
+        InputError: no weights, a tensor missing, left over, or of the wrong shape.
     """
 
     def __init__(self, folder: Path, arch: ModelArchitecture):
         self.folder = folder
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, WeightFile] = {}
         self._files = self._locate()
+        self.dtypes: dict[str, torch.dtype] = {}
         self._audit(arch)
 
     def _locate(self) -> dict[str, str]:
         """Tensor name -> file name within the folder."""
-        index = self.folder / _INDEX
-        if index.is_file():
-            weight_map = _read_weight_map(index)
-            for file_name in set(weight_map.values()):
-                if Path(file_name).name != file_name:
-                    raise InputError(f"{index}: '{file_name}' points outside the folder")
-                if not (self.folder / file_name).is_file():
-                    raise InputError(f"{index}: {file_name} is missing from the folder")
-            return weight_map
-        if not (self.folder / _SINGLE).is_file():
-            raise InputError(
-                f"model.hf_path: {self.folder} holds no weights ({_SINGLE} or {_INDEX}); "
-                "set model.init: random to draw new ones"
-            )
-        return dict.fromkeys(self._handle(_SINGLE).keys(), _SINGLE)
+        for index_name, single, self._kind in _KINDS:
+            index = self.folder / index_name
+            self._index = index_name
+            if index.is_file():
+                return self._indexed(index)
+            if (self.folder / single).is_file():
+                return dict.fromkeys(self._file(single).headers, single)
+        raise InputError(
+            f"model.hf_path: {self.folder} holds no weights ({SAFETENSORS} or "
+            f"{SAFETENSORS_INDEX}); set model.init: random to draw new ones"
+        )
 
-    def _handle(self, file_name: str) -> Any:
-        if file_name not in self._open:
-            try:
-                self._open[file_name] = safe_open(self.folder / file_name, framework="pt")
-            except SafetensorError as error:
-                raise InputError(f"{self.folder / file_name}: damaged file: {error}") from error
-        return self._open[file_name]
+    def _indexed(self, index: Path) -> dict[str, str]:
+        weight_map = _read_weight_map(index)
+        for file_name in sorted(set(weight_map.values())):
+            if Path(file_name).name != file_name or "\\" in file_name:
+                raise InputError(f"{index}: '{file_name}' points outside the folder")
+            if not (self.folder / file_name).is_file():
+                raise InputError(f"{index}: {file_name} is missing from the folder")
+        return weight_map
+
+    def _file(self, name: str) -> WeightFile:
+        if name not in self._open:
+            self._open[name] = self._kind(self.folder / name)
+        return self._open[name]
+
+    def _headers(self, file_name: str) -> Headers:
+        return self._file(file_name).headers
 
     def _audit(self, arch: ModelArchitecture) -> None:
         expected = hf_shapes(arch)
@@ -75,32 +167,38 @@ class HFCheckpoint:
             if name not in self._files
         ]
         for name, file_name in self._files.items():
-            if name not in expected:
-                # Written by some tools although it is the embedding.
-                if name == "lm_head.weight" and arch.tie_word_embeddings:
-                    continue
+            if name in expected:
+                problems += self._tensor_problems(name, file_name, expected[name])
+        # Those in the files too that an index does not name.
+        held = {name for file in set(self._files.values()) for name in self._headers(file)}
+        for name in dict.fromkeys([*self._files, *sorted(held)]):
+            # The first is written by some tools although it is the embedding.
+            tied_copy = name == "lm_head.weight" and arch.tie_word_embeddings
+            if not (name in expected or tied_copy or name.endswith(_COMPUTED)):
                 problems.append(f"{self.folder}: tensor '{name}' is not part of {arch.family}")
-                continue
-            try:
-                shape = tuple(self._handle(file_name).get_slice(name).get_shape())
-            except SafetensorError:
-                problems.append(
-                    f"{self.folder / _INDEX}: {file_name} does not hold tensor '{name}'"
-                )
-                continue
-            if shape != expected[name]:
-                problems.append(
-                    f"{self.folder}: tensor '{name}' has shape {list(shape)}, "
-                    f"config.json asks for {list(expected[name])}"
-                )
-        if problems:
-            more = len(problems) - _MAX_PROBLEMS
-            rest = [f"{self.folder}: {more} more problems"] if more > 0 else []
-            raise InputError(problems[:_MAX_PROBLEMS] + rest)
+        refuse(problems, self.folder)
+
+    def _tensor_problems(self, name: str, file_name: str, expected: tuple[int, ...]) -> list[str]:
+        headers = self._headers(file_name)
+        if name not in headers:
+            return [f"{self.folder / self._index}: {file_name} does not hold tensor '{name}'"]
+        dtype, shape = headers[name]
+        if shape != expected:
+            return [
+                f"{self.folder}: tensor '{name}' has shape {list(shape)}, "
+                f"config.json asks for {list(expected)}"
+            ]
+        if isinstance(dtype, str) or not dtype.is_floating_point or dtype.itemsize < 2:
+            kind = dtype if isinstance(dtype, str) else dtype_name(dtype)
+            return [
+                f"{self.folder}: tensor '{name}' is {kind}; quantised checkpoints are not supported"
+            ]
+        self.dtypes[name] = dtype
+        return []
 
     def get(self, name: str) -> Tensor:
         """The full tensor of a name, on the CPU, in the dtype of the file."""
-        return self._handle(self._files[name]).get_tensor(name)
+        return self._file(self._files[name]).get(name)
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -113,24 +211,34 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def seeded_generator(seed: int, name: str) -> torch.Generator:
+    """A generator for one tensor: what is drawn depends on no other tensor and on no layout."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
 class RandomWeights:
     """New weights, the same for a seed in every layout: each tensor is drawn from its own name.
 
-    Normal with std `initializer_range`, output projections scaled by 1/sqrt(2 L) (GPT-2), norms 1.
+    Normal with std `initializer_range`, output projections scaled by 1/sqrt(2 L) (GPT-2), norms 1,
+    biases 0.
     """
 
     def __init__(self, arch: ModelArchitecture, seed: int):
         self._arch, self._seed, self._shapes = arch, seed, hf_shapes(arch)
+        # What adds to the residual stream: the layers that TP cuts along their input.
+        self._outputs = {
+            name for row in mapping_rows(arch) if row.layout.tp_dim == 1 for name in row.hf
+        }
 
     def get(self, name: str) -> Tensor:
         """The full float32 tensor of a name."""
         shape = self._shapes[name]
-        if name.endswith("norm.weight"):
-            return torch.ones(shape)
-        digest = hashlib.blake2b(f"{self._seed}/{name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        if len(shape) == 1:
+            return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+        generator = seeded_generator(self._seed, name)
         std = self._arch.initializer_range
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name in self._outputs:
             std /= math.sqrt(2 * self._arch.num_layers)
         return torch.randn(shape, generator=generator) * std
 
@@ -147,87 +255,3 @@ def stop_token_ids(folder: Path, tokenizer_eos_id: int | None) -> tuple[int, ...
         if value is not None:
             return tuple(value) if isinstance(value, list) else (value,)
     return () if tokenizer_eos_id is None else (tokenizer_eos_id,)
-
-
-def write_hf_folder(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    arch: ModelArchitecture,
-    *,
-    dtype: torch.dtype,
-    source: Path,
-    save_tokenizer: Callable[[Path], None],
-    shard_bytes: int = 5 * 2**30,
-) -> None:
-    """Write a Hugging Face model folder; it replaces an older one only when it is whole.
-
-    Args:
-        folder: where it goes.
-        tensors: (name, whole tensor) of everything in `hf_shapes(arch)`, in that order.
-        arch: what is written.
-        dtype: of the written tensors.
-        source: folder whose config.json and generation_config.json are carried over.
-        save_tokenizer: writes the tokenizer's files into a folder.
-        shard_bytes: largest size of one safetensors file.
-
-    Raises:
-        RuntimeError: the tensors are not exactly those of the architecture.
-    """
-    shapes = hf_shapes(arch)
-    plan = _plan_shards(shapes, dtype, shard_bytes)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    pending: dict[str, Tensor] = {}
-    written: dict[str, str] = {}
-    for name, tensor in tensors:
-        if shapes.get(name) != tuple(tensor.shape) or name in written or name in pending:
-            raise RuntimeError(f"export: unexpected tensor '{name}' {list(tensor.shape)}")
-        pending[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        file_name = plan[name]
-        if all(n in pending for n, f in plan.items() if f == file_name):
-            save_file(pending, partial / file_name, metadata={"format": "pt"})
-            written.update(dict.fromkeys(pending, file_name))
-            pending = {}
-    missing = sorted(set(shapes) - set(written))
-    if missing:
-        raise RuntimeError(f"export: tensors missing: {missing}")
-    if len(set(plan.values())) > 1:
-        total = sum(math.prod(shape) * dtype.itemsize for shape in shapes.values())
-        index = {"metadata": {"total_size": total}, "weight_map": written}
-        (partial / _INDEX).write_text(json.dumps(index, indent=2))
-    config = json.loads((source / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=2))
-    if (source / "generation_config.json").is_file():
-        shutil.copy(source / "generation_config.json", partial)
-    save_tokenizer(partial)
-    replaced = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _plan_shards(
-    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int
-) -> dict[str, str]:
-    """Tensor name -> file name, filling files in order."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += size
-    if len(shards) == 1:
-        return dict.fromkeys(shards[0], _SINGLE)
-    return {
-        name: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        for i, names in enumerate(shards)
-        for name in names
-    }

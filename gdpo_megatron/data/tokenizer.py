@@ -27,7 +27,7 @@ SPACE_SYMBOL = "\u2581"
 """What SentencePiece writes for a space."""
 
 _PIECE_FILE = "tokenizer.model"
-_HF_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -226,7 +226,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # A copy: written anew, the files would name another tokenizer class than the base model's.
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _HF_FILES:
+        for name in TOKENIZER_FILES:
             source, target = self.path / name, folder / name
             if source.is_file() and not (target.exists() and source.samefile(target)):
                 shutil.copyfile(source, target)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_io import HFCheckpoint, RandomWeights, write_hf_folder
+from gdpo_megatron.conversion.hf_io import HFCheckpoint, RandomWeights
+from gdpo_megatron.conversion.hf_writer import write_hf_folder
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.errors import InputError
 
@@ -304,6 +305,7 @@ def test_files_besides_weights(write_config: Write, export: Callable[..., Path])
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json",
         "generation_config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
     ]
