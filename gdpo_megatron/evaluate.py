@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gdpo_megatron.data.prompts import load_prompts
 from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.observability.files import write_atomically
 from gdpo_megatron.observability.progress import ProgressDisplay
+from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import RolloutEngine
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
@@ -37,6 +38,7 @@ class EvalResult:
         num_invalid: entries of each reward without a score, not counting not applicable ones.
         mean_tokens: mean length of the completions.
         truncated_share: completions cut at the limit.
+        broken: what ends the job: rewards that were invalid too often.
     """
 
     num_prompts: int
@@ -46,6 +48,7 @@ class EvalResult:
     num_invalid: dict[str, int]
     mean_tokens: float
     truncated_share: float
+    broken: TooManyInvalid | None = None
 
     def metrics(self) -> dict[str, float]:
         """As logged during training."""
@@ -67,7 +70,7 @@ class EvalResult:
 
     def as_json(self) -> dict[str, Any]:
         """As written to a file."""
-        return {field: getattr(self, field) for field in self.__slots__}
+        return {field: getattr(self, field) for field in self.__slots__ if field != "broken"}
 
 
 class Evaluator:
@@ -100,6 +103,8 @@ class Evaluator:
         )
         self.prompts = prompts[: config.eval.num_prompts]
         self._base_dir = base_dir
+        run_dir = resolve_path(base_dir, config.run_dir)
+        self._log_path = run_dir / f"rewards_{parts.mesh.rank}.log"
 
     def run(self, on_progress: Callable[[int, int], None]) -> EvalResult:
         """Generate and score; collective."""
@@ -107,8 +112,10 @@ class Evaluator:
         with RewardSuite(
             config.rewards,
             group_size=samples,
-            num_workers=config.reward_suite.num_workers,
+            config=config.reward_suite,
+            sandbox=config.sandbox,
             base_dir=self._base_dir,
+            log_path=self._log_path,
         ) as suite:
             batch = run_rollouts(
                 self.prompts,
@@ -123,6 +130,10 @@ class Evaluator:
                 step=0,
                 on_progress=on_progress,
             )
+        try:
+            batch.check_invalid(config.reward_suite.max_invalid_fraction)
+        except TooManyInvalid as error:
+            return replace(summarise(batch, samples), broken=error)
         return summarise(batch, samples)
 
 
@@ -169,6 +180,8 @@ def run_eval(config: RLConfig, base_dir: Path, parts: Parts) -> EvalResult:
         reader = parts.reader()
         engine.load_weights(((name, reader.get(name)) for name in hf_shapes(parts.arch)), 0)
         result = evaluator.run(display.progress)
+        if result.broken is not None:
+            raise result.broken
         display.step_done(1, {**result.means, "tokens": result.mean_tokens})
     if leads:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -34,7 +35,13 @@ def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, fl
     }
     for column, name in enumerate(batch.rewards.names):
         values |= {f"reward/{name}/{k}": v for k, v in _reward_metrics(batch, column).items()}
-    return values
+    report = batch.report
+    return values | {
+        "reward_suite/wait_seconds": report.wait_seconds,
+        "reward_suite/num_restarts": report.num_restarts,
+        "reward_suite/num_recycled": report.num_recycled,
+        "reward_suite/num_retries": report.num_retries,
+    }
 
 
 def advantage_metrics(
@@ -59,10 +66,15 @@ def advantage_metrics(
 def _reward_metrics(batch: RolloutBatch, column: int) -> dict[str, float]:
     valid, not_applicable = batch.rewards.valid[:, column], batch.not_applicable[:, column]
     scores, raw = batch.rewards.values[valid, column].double(), batch.raw[valid, column].double()
+    name, report = batch.rewards.names[column], batch.report
     metrics = {
         "invalid": float((~valid & ~not_applicable).sum()),
         "not_applicable": float(not_applicable.sum()),
+        "timeouts": float(report.num_timeouts(name)),
+        "seconds": report.seconds.get(name, 0.0),
     }
+    for event, count in report.events.get(name, {}).items():
+        metrics["num_" + re.sub(r"\W", "_", event)] = float(count)
     if not len(scores):
         return metrics | {"mean": float("nan")}
     return metrics | {

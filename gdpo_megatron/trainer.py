@@ -27,13 +27,14 @@ from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.data.prompts import load_prompts
 from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.distributed.exchange import exchange_tokens
-from gdpo_megatron.evaluate import Evaluator
+from gdpo_megatron.evaluate import EvalResult, Evaluator
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatches
 from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
 from gdpo_megatron.step_metrics import advantage_metrics, rollout_metrics, update_metrics
@@ -85,9 +86,13 @@ class GDPOTrainer:
         self.suite = RewardSuite(
             config.rewards,
             group_size=rollout.group_size,
-            num_workers=config.reward_suite.num_workers,
+            config=config.reward_suite,
+            sandbox=config.sandbox,
             base_dir=base_dir,
+            log_path=self.run_dir / f"rewards_{mesh.rank}.log",
         )
+        if self.engines.tp_rank == 0:
+            self.suite.start()  # its processes get ready while the run is
         self.advantage_config = replace(config.advantage, weights=self.suite.weights)
         self.evaluator = None
         if config.train.eval_interval:
@@ -124,11 +129,13 @@ class GDPOTrainer:
             if start:
                 self.display.message(f"resumed after step {start}")
             while self.step < train.num_steps and not stopping:
-                began = time.perf_counter()
+                began, broken = time.perf_counter(), None
                 values, summary = self.train_step()
                 self.step += 1
                 if train.eval_interval and self.step % train.eval_interval == 0:
-                    values |= self._evaluate()
+                    evaluation = self._evaluate()
+                    values |= evaluation.metrics()
+                    broken = evaluation.broken
                 values |= {f"time/{name}_seconds": s for name, s in self.timers.take().items()}
                 values["time/step_seconds"] = time.perf_counter() - began
                 # Logged before it is saved: a step that a resumed run does not repeat is on record.
@@ -138,6 +145,8 @@ class GDPOTrainer:
                 if last or (save_interval and self.step % save_interval == 0):
                     self._save()
                 self.display.step_done(self.step, summary)
+                if broken is not None:
+                    raise self._saved(broken)
             complete = self.step == train.num_steps
             if complete and self.config.checkpoint.export_hf:
                 with self._phase("export"):
@@ -152,6 +161,7 @@ class GDPOTrainer:
 
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step; returns its metrics, and those that a person watches."""
+        sampler_state = self.sampler.state_dict()
         with self._phase("weight_sync"):
             self.engine.wake()
             sync = sync_weights(self.policy, self.engine, self.policy_version)
@@ -160,12 +170,18 @@ class GDPOTrainer:
             prompts, batch, kept = self._collect()
             self.engine.sleep()
         values = rollout_metrics(batch, time.perf_counter() - rollout_began) | self.refill_metrics
+        self._report_faults(batch)
+        try:
+            batch.check_invalid(self.config.reward_suite.max_invalid_fraction)
+        except TooManyInvalid as error:
+            # Nothing was learned from these rollouts: a run that goes on draws them again.
+            self.sampler.load_state_dict(sampler_state)
+            raise self._saved(error) from None
         with self._phase("advantage"):
             advantages = self._advantages(batch, kept, values)
         values |= {"run/policy_version": sync.policy_version, "run/epoch": self.sampler.epoch}
         values["weight_sync/num_bytes"] = sync.num_bytes
         self._log_rollouts(batch, advantages)
-        self._report_faults(batch)
         values |= self._update(prompts, batch, advantages)
         memory = self.parts.platform.memory_stats()
         values |= {f"memory/{kind}_bytes": amount for kind, amount in memory.items()}
@@ -328,14 +344,14 @@ class GDPOTrainer:
 
     # ---- around it ---------------------------------------------------------------------------
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> EvalResult:
         assert self.evaluator is not None
         with self._phase("eval"):
             self.engine.wake()
             sync_weights(self.policy, self.engine, self.policy_version)
             result = self.evaluator.run(self.display.progress)
             self.engine.sleep()
-        return result.metrics()
+        return result
 
     def _save(self) -> None:
         with self._phase("checkpoint"):
@@ -344,6 +360,13 @@ class GDPOTrainer:
                 self.policy,
                 {"policy_version": self.policy_version, "sampler": self.sampler.state_dict()},
             )
+
+    def _saved(self, error: TooManyInvalid) -> TooManyInvalid:
+        """Save the run before it ends with an error that a person has to mend."""
+        if self.step not in self.checkpoints.steps():
+            self._save()
+        saved = f"the run is saved after step {self.step}; the same command goes on there"
+        return TooManyInvalid([*error.problems, saved])
 
     def _log_rollouts(self, batch: RolloutBatch, advantages: AdvantageBatch) -> None:
         """Write sampled groups; rank 0 leads an engine and writes its own first groups."""
@@ -361,8 +384,8 @@ class GDPOTrainer:
 
     def _report_faults(self, batch: RolloutBatch) -> None:
         """Show the first traceback of each reward that raises, once a run."""
-        for name, traceback in batch.tracebacks.items():
-            if name not in self._faulty_rewards:
+        for name, traceback in batch.report.tracebacks.items():
+            if name not in self._faulty_rewards and self.parts.mesh.rank == 0:
                 self._faulty_rewards.add(name)
                 print(
                     f"reward '{name}' raised; such rollouts have no value of it\n{traceback}",

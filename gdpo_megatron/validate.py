@@ -75,9 +75,8 @@ def _checks(
     def load_rewards() -> None:
         nonlocal suite
         assert isinstance(config, RLConfig)
-        suite = RewardSuite(
-            config.rewards, group_size=config.rollout.group_size, num_workers=1, base_dir=base_dir
-        )
+        group_size = config.rollout.group_size
+        suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
 
     yield lambda: _world(parallel, world_size)
     yield lambda: _run_dir(job, config, base_dir)
@@ -300,7 +299,10 @@ def _prompts(
     problems = [
         f"{resolve_path(base_dir, path)}, row '{row.prompt_id}': {problem}"
         for row in rows
-        for problem in suite.answer_problems(row.answer)
+        for problem in (
+            *suite.answer_problems(row.answer),
+            *suite.metadata_problems(row.metadata),
+        )
     ]
     if len(problems) > MAX_PROBLEMS:
         more = f"{resolve_path(base_dir, path)}: {len(problems) - MAX_PROBLEMS} more problems"

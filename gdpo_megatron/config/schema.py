@@ -149,7 +149,26 @@ class RewardSuiteConfig:
     """How rewards are run."""
 
     num_workers: PositiveInt = 2
-    """Threads that score completions while generation goes on, per engine."""
+    """Processes that score completions while generation goes on, per engine."""
+
+    sample_timeout_seconds: PositiveFloat = 10.0
+    """For one sample in one reward, counted from the call; a batch call has so much for each of its
+    samples. A worker that takes longer is killed, and the entry invalid."""
+
+    step_timeout_seconds: PositiveFloat = 600.0
+    """For all rewards of a step, counted from the end of generation, when they are waited for; what
+    is not done then is invalid."""
+
+    worker_memory_mb: PositiveInt = 2048
+    """Resident memory of a worker in MiB; above it, it is killed, and the call made once more on a
+    fresh one. At three quarters of it, it is replaced between two calls."""
+
+    max_concurrent_async: PositiveInt = 64
+    """Calls of async rewards that wait side by side."""
+
+    max_invalid_fraction: UnitFloat = 0.5
+    """The run is saved and stops when more than this share of a reward's rows in a step is invalid
+    (not applicable ones do not count; fewer than 8 rows count as 8); 1 never stops."""
 
 
 @section

@@ -40,6 +40,28 @@ def gather_by_sample(
     return table.cpu().to(values.dtype)
 
 
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """Bring a short text of each rank together on every rank; collective.
+
+    Args:
+        text: this rank's.
+        device: where the collective runs.
+
+    Returns:
+        The texts by rank.
+    """
+    data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+    size, world_size = torch.tensor([len(text.encode())]), dist.get_world_size()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size)]
+    dist.all_gather(sizes, size.to(device))
+    longest = max(1, *(int(it) for it in sizes))
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(data)] = data[:longest]
+    texts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world_size)]
+    dist.all_gather(texts, padded.to(device))
+    return [bytes(row[: int(it)].tolist()).decode() for row, it in zip(texts, sizes, strict=True)]
+
+
 def exchange_tokens(
     completions: dict[int, tuple[Sequence[int], Sequence[float]]],
     *,

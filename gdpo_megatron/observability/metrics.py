@@ -81,6 +81,37 @@ METRICS: tuple[Metric, ...] = (
         "Entries without a score because the reward does not concern the prompt.",
     ),
     Metric(
+        "reward/{reward}/timeouts", "rollouts", "sum",
+        "Those of the invalid entries whose reward was not done in time: its own time, the step's, "
+        "or an event loop that it blocked.",
+    ),
+    Metric(
+        "reward/{reward}/seconds", "s", "sum",
+        "Time in the reward's function, over all its calls in all workers.",
+    ),
+    Metric(
+        "reward/{reward}/num_{event}", "events", "sum",
+        "What the reward itself counted (`count_event`), whatever the score.",
+    ),
+    Metric(
+        "reward_suite/wait_seconds", "s", "sum",
+        "Time from the end of generation to the last score, on the engine that waited longest; the "
+        "rest of the rewards' time was hidden behind generation.",
+    ),
+    Metric(
+        "reward_suite/num_restarts", "workers", "sum",
+        "Reward workers that were killed (time, memory) or died, and were replaced.",
+    ),
+    Metric(
+        "reward_suite/num_recycled", "workers", "sum",
+        "Reward workers that were replaced between two calls, because of the memory or open files "
+        "that calls had left behind.",
+    ),
+    Metric(
+        "reward_suite/num_retries", "calls", "sum",
+        "Reward calls that were made once more, because their worker had ended.",
+    ),
+    Metric(
         "completion/mean_tokens", "tokens", "mean",
         "Mean length of the step's completions, stop token included.",
     ),

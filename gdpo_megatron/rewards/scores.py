@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from gdpo_megatron.rewards.base import (
     NotApplicable,
     RewardResult,
 )
+from gdpo_megatron.rewards.report import RewardReport
 from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.types import RewardMatrix
 
@@ -41,6 +42,7 @@ class RewardScores:
         num_invalid: reward name -> reason -> rows; not_applicable is not among them.
         num_not_applicable: reward name -> rows.
         tracebacks: reward name -> that of the first row, by sample_id, that raised.
+        report: these faults, and what else happened while the rewards ran.
     """
 
     names: tuple[str, ...]
@@ -53,6 +55,7 @@ class RewardScores:
     num_invalid: Mapping[str, Mapping[str, int]]
     num_not_applicable: Mapping[str, int]
     tracebacks: Mapping[str, str]
+    report: RewardReport
 
     def to_matrix(self, group_ids: Tensor) -> RewardMatrix:
         """The matrix that the advantage stage takes.
@@ -67,13 +70,16 @@ class RewardScores:
 
 
 def build_scores(
-    rewards: Sequence[ResolvedReward], results: Mapping[int, Sequence[RewardResult]]
+    rewards: Sequence[ResolvedReward],
+    results: Mapping[int, Sequence[RewardResult]],
+    report: RewardReport | None = None,
 ) -> RewardScores:
     """Apply the conditions and account for what is missing.
 
     Args:
         rewards: the K rewards.
         results: sample_id -> K results.
+        report: what happened meanwhile; its faults are filled in here.
     """
     names = tuple(reward.name for reward in rewards)
     column = {name: index for index, name in enumerate(names)}
@@ -115,6 +121,7 @@ def build_scores(
         num_invalid=num_invalid,
         num_not_applicable=num_not_applicable,
         tracebacks=tracebacks,
+        report=replace(report or RewardReport(), num_invalid=num_invalid, tracebacks=tracebacks),
     )
 
 

@@ -1,48 +1,65 @@
-"""Runs the rewards of a run on the CPU while generation goes on.
+"""Scores a run's rollouts on the CPU while generation goes on, in processes that can be killed.
 
-    submit(rollout) --+-- single, sync:   one job per rollout, in a pool of threads
-                      +-- single, async:  one task per rollout and reward, on one event loop
+    submit(rollout) --+-- single, sync:   one job per rollout, for all such rewards
+                      +-- single, async:  one job per rollout and reward
                       +-- batch:          one job per reward when the rollout's group is complete
     collect() waits for all of them --> RewardScores, ordered by sample_id
 
-A job never raises: whatever goes wrong inside a reward becomes an `Invalid` of its rows. Each
-result goes to the cell it was computed for, so neither the size of the pool nor the order in which
-jobs finish shows in the scores. There is no time limit: a reward that never returns blocks
-`collect`.
+Rewards that keep state are the exception: their jobs start with `collect`, in order of sample_id.
+
+The suite is the trainer's side: it writes jobs to a pipe and reads results from another. The pool
+(pool.py) is a process of its own which hands the jobs to workers, minds their time and memory, and
+kills and replaces what overruns. Each result goes to the cell it was computed for, so neither the
+number of workers nor the order in which they finish shows in the scores.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
-import threading
-import traceback
-from collections.abc import Coroutine, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import IO, Any
 
-from gdpo_megatron.config.schema import RewardConfig
-from gdpo_megatron.rewards.base import (
-    Invalid,
-    RewardResult,
-    RewardSample,
-    as_result,
-    plain_value,
-)
-from gdpo_megatron.rewards.resolve import ResolvedReward, resolve_rewards
+from gdpo_megatron.config.sandbox import SandboxConfig
+from gdpo_megatron.config.schema import RewardConfig, RewardSuiteConfig
+from gdpo_megatron.rewards.base import Invalid, RewardResult, RewardSample
+from gdpo_megatron.rewards.plan import Plan, lanes_of
+from gdpo_megatron.rewards.report import RewardReport
+from gdpo_megatron.rewards.resolve import resolve_rewards
 from gdpo_megatron.rewards.scores import RewardScores, build_scores
+from gdpo_megatron.rewards.wire import decode_result, encode_metadata, encode_samples, line
 from gdpo_megatron.types import Rollout
 
+_CLOSE_SECONDS = 10.0
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A future with one result for each (sample_id, column) in `cells`."""
 
-    future: Future[list[RewardResult]]
-    cells: Sequence[tuple[int, int]]
+@dataclass(slots=True)
+class _Step:
+    """What was submitted since the last `collect`.
+
+    Args:
+        samples: by sample_id.
+        groups: group_id -> sample_ids.
+        rows_of_job: sample_ids of each job; a job's number is its place.
+        results: (sample_id, column) -> result, as far as they have come.
+    """
+
+    samples: dict[int, RewardSample]
+    groups: dict[int, list[int]]
+    rows_of_job: list[list[int]]
+    results: dict[tuple[int, int], RewardResult]
+    seconds: Counter[str]
+    events: dict[str, Counter[str]]
+
+    @classmethod
+    def empty(cls) -> _Step:
+        return cls({}, {}, [], {}, Counter(), {})
 
 
 class RewardSuite:
@@ -51,12 +68,13 @@ class RewardSuite:
     Args:
         rewards: the `rewards` section.
         group_size: rollouts per group; a batch reward is called when so many have been submitted.
-        num_workers: threads for sync rewards. Functions must bear being called from several
-            threads, or num_workers be 1. Async rewards of all rollouts run at once.
+        config: how they are run; the section's defaults where not given.
+        sandbox: for rewards that run programs of the model.
         base_dir: folder that `./file.py:function` starts from.
+        log_path: file for what rewards print; not given, that is dropped.
 
     Raises:
-        InputError: see `resolve_rewards`. Threads start with the first `submit`.
+        InputError: see `resolve_rewards`. Processes start with `start` or the first `submit`.
     """
 
     def __init__(
@@ -64,16 +82,29 @@ class RewardSuite:
         rewards: Sequence[RewardConfig],
         *,
         group_size: int,
-        num_workers: int,
+        config: RewardSuiteConfig | None = None,
+        sandbox: SandboxConfig | None = None,
         base_dir: Path | None = None,
+        log_path: Path | None = None,
     ):
+        config = config or RewardSuiteConfig()
         self.rewards = resolve_rewards(rewards, base_dir)
         self._group_size = group_size
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
-        self._loop: _EventLoopThread | None = None
-        self._samples: dict[int, RewardSample] = {}
-        self._groups: dict[int, list[int]] = {}
-        self._jobs: list[_Job] = []
+        self._step_timeout = config.step_timeout_seconds
+        self._plan = Plan(
+            lanes=lanes_of(self.rewards, config.num_workers, config.max_concurrent_async),
+            rewards=tuple({"name": r.name, "type": r.type, "args": dict(r.args)} for r in rewards),
+            base_dir=str((base_dir or Path.cwd()).resolve()),
+            sandbox=asdict(sandbox or SandboxConfig()),
+            import_path=tuple(sys.path),
+            sample_timeout_seconds=config.sample_timeout_seconds,
+            memory_bytes=config.worker_memory_mb * 2**20,
+            log_path=str(log_path.resolve()) if log_path is not None else None,
+        )
+        self._lane_of = {k: n for n, lane in enumerate(self._plan.lanes) for k in lane.columns}
+        self._pool: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        self._step = _Step.empty()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,47 +131,50 @@ class RewardSuite:
                     problems.append(f"reward '{reward.name}': {error}")
         return problems
 
-    def submit(self, rollout: Rollout) -> None:
-        """Start scoring a rollout; returns at once. All rollouts of a group go to one suite.
+    def metadata_problems(self, metadata: Mapping[str, Any]) -> list[str]:
+        """Say why a row's other fields cannot be given to a reward; empty where they can."""
+        try:
+            encode_metadata(metadata)
+        except (TypeError, ValueError) as error:
+            return [f"its fields go to rewards as JSON: {error}; leave that column out"]
+        return []
+
+    # ---- processes -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the processes, if they are not there yet; returns at once.
 
         Raises:
-            ValueError: its sample_id, or all of its group, was submitted since the last `collect`.
+            RuntimeError: the suite is closed.
         """
-        sample_id = rollout.sample_id
-        if sample_id in self._samples:
-            raise ValueError(f"sample_id {sample_id} was submitted twice")
-        group = self._groups.setdefault(rollout.group_id, [])
-        if len(group) == self._group_size:
-            raise ValueError(f"group {rollout.group_id} has more than {self._group_size} rollouts")
-        sample = _sample_of(rollout)
-        self._samples[sample_id] = sample
-        group.append(sample_id)
-        if sample.finish_reason != "abort":
-            self._start_single(sample_id, sample)
-        if len(group) == self._group_size:
-            self._start_batch(sorted(group))
-
-    def collect(self) -> RewardScores:
-        """Wait for all that was submitted since the last call, and return its scores."""
-        missing = Invalid("group incomplete", f"a batch reward needs {self._group_size} rollouts")
-        results: dict[int, list[RewardResult]] = {
-            sample_id: [missing] * len(self.rewards) for sample_id in self._samples
-        }
-        for job in self._jobs:
-            for (sample_id, column), result in zip(job.cells, job.future.result(), strict=True):
-                results[sample_id][column] = result
-        for sample_id, sample in self._samples.items():
-            if sample.finish_reason == "abort":
-                # Part of an answer: the engine's decision, not the policy's.
-                results[sample_id] = [Invalid("completion aborted")] * len(self.rewards)
-        self._samples, self._groups, self._jobs = {}, {}, []
-        return build_scores(self.rewards, results)
+        if self._closed:
+            raise RuntimeError("the reward suite is closed")
+        if self._pool is None:
+            self._pool = subprocess.Popen(
+                [sys.executable, "-m", "gdpo_megatron.rewards.pool"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # a Ctrl-C is the launcher's to handle
+            )
+            self._write(line(self._plan.as_json()))
 
     def close(self) -> None:
-        """Drop what is waiting, and stop the threads when their present job is done."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._loop is not None:
-            self._loop.close()
+        """End the processes, and drop what is waiting."""
+        self._closed = True
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        jobs, results = _pipes(pool)
+        try:
+            jobs.close()
+        except OSError:  # a job that it was too dead to take
+            pass
+        try:
+            pool.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            pool.kill()  # the kernel kills its workers
+            pool.wait()
+        results.close()
 
     def __enter__(self) -> RewardSuite:
         return self
@@ -149,69 +183,144 @@ class RewardSuite:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        where: TracebackType | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
-    def _start_single(self, sample_id: int, sample: RewardSample) -> None:
-        single = [(k, reward) for k, reward in enumerate(self.rewards) if not reward.fn.batch]
-        sync = [(k, reward) for k, reward in single if not reward.fn.is_async]
-        if sync:
-            future = self._pool.submit(_score_sync, [reward for _, reward in sync], sample)
-            self._jobs.append(_Job(future, [(sample_id, k) for k, _ in sync]))
-        for k, reward in single:
-            if reward.fn.is_async:
-                future = self._run_async(_score_async(reward, sample))
-                self._jobs.append(_Job(future, [(sample_id, k)]))
+    def _write(self, data: bytes) -> None:
+        assert self._pool is not None
+        jobs, _ = _pipes(self._pool)
+        try:
+            jobs.write(data)
+            jobs.flush()
+        except BrokenPipeError:
+            raise self._dead() from None
 
-    def _start_batch(self, group: Sequence[int]) -> None:
-        samples = [self._samples[sample_id] for sample_id in group]
-        for k, reward in enumerate(self.rewards):
-            if not reward.fn.batch:
-                continue
-            if reward.fn.is_async:
-                future = self._run_async(_score_batch_async(reward, samples))
+    def _dead(self) -> RuntimeError:
+        assert self._pool is not None
+        code = self._pool.wait()
+        return RuntimeError(f"the reward pool has ended with status {code}; see standard error")
+
+    # ---- rollouts --------------------------------------------------------------------------------
+
+    def submit(self, rollout: Rollout) -> None:
+        """Start scoring a rollout; returns at once. All rollouts of a group go to one suite.
+
+        Raises:
+            ValueError: its sample_id, or all of its group, was submitted since the last `collect`.
+            RuntimeError: the suite is closed, or its processes have ended.
+        """
+        self.start()
+        sample_id, step = rollout.sample_id, self._step
+        if sample_id in step.samples:
+            raise ValueError(f"sample_id {sample_id} was submitted twice")
+        group = step.groups.setdefault(rollout.group_id, [])
+        if len(group) == self._group_size:
+            raise ValueError(f"group {rollout.group_id} has more than {self._group_size} rollouts")
+        step.samples[sample_id] = _sample_of(rollout)
+        group.append(sample_id)
+        self._send([sample_id], batch=False, stateful=False)
+        if len(group) == self._group_size:
+            self._send(sorted(group), batch=True, stateful=False)
+
+    def _send(self, rows: list[int], *, batch: bool, stateful: bool) -> None:
+        """Send the jobs of a rollout or a group: one per lane, an async lane's one per reward."""
+        samples = [self._step.samples[row] for row in rows]
+        if not batch and samples[0].finish_reason == "abort":
+            return  # part of an answer: the engine's decision, not the policy's
+        columns = [
+            k
+            for k, reward in enumerate(self.rewards)
+            if reward.fn.batch == batch and reward.fn.stateful == stateful
+        ]
+        together: dict[int, list[int]] = {}
+        alone: list[tuple[int, list[int]]] = []
+        for k in columns:
+            lane = self._lane_of[k]
+            if batch or self._plan.lanes[lane].is_async:
+                alone.append((lane, [k]))
             else:
-                future = self._pool.submit(_score_batch, reward, samples)
-            self._jobs.append(_Job(future, [(sample_id, k) for sample_id in group]))
+                together.setdefault(lane, []).append(k)
+        jobs = [*together.items(), *alone]
+        if not jobs:
+            return
+        payload = encode_samples(samples)
+        for lane, its_columns in jobs:
+            header = {
+                "job": len(self._step.rows_of_job),
+                "lane": lane,
+                "columns": its_columns,
+                "num_samples": len(rows),
+            }
+            self._step.rows_of_job.append(rows)
+            self._write(line(header) + payload)
 
-    def _run_async(
-        self, coroutine: Coroutine[Any, Any, list[RewardResult]]
-    ) -> Future[list[RewardResult]]:
-        if self._loop is None:
-            self._loop = _EventLoopThread()
-        return self._loop.run(coroutine)
+    def collect(self) -> RewardScores:
+        """Wait for all that was submitted since the last call, and return its scores.
 
+        What is not done `reward_suite.step_timeout_seconds` after this call is invalid.
 
-class _EventLoopThread:
-    """One event loop on a thread of its own; closing it cancels the tasks that are left."""
-
-    _loop: asyncio.AbstractEventLoop
-    _stop: asyncio.Event
-
-    def __init__(self):
-        ready = threading.Event()
-
-        async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
-            self._stop = asyncio.Event()
-            ready.set()
-            await self._stop.wait()
-
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(serve()), name="reward-async", daemon=True
+        Raises:
+            RuntimeError: a worker could not find its rewards, or the pool has ended.
+        """
+        began, counts = time.perf_counter(), dict[str, int]()
+        if self._step.samples:
+            self._send_stateful()
+            self._write(line({"collect": self._step_timeout}))
+            counts = self._read_results()
+        step, self._step = self._step, _Step.empty()
+        report = RewardReport(
+            events={name: dict(events) for name, events in step.events.items()},
+            seconds=dict(step.seconds),
+            wait_seconds=time.perf_counter() - began,
+            num_restarts=counts.get("restarts", 0),
+            num_recycled=counts.get("recycled", 0),
+            num_retries=counts.get("retries", 0),
         )
-        self._thread.start()
-        ready.wait()
+        return build_scores(self.rewards, self._table(step), report)
 
-    def run(self, coroutine: Coroutine[Any, Any, list[RewardResult]]) -> Future[list[RewardResult]]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def _send_stateful(self) -> None:
+        for row in sorted(self._step.samples):
+            self._send([row], batch=False, stateful=True)
+        whole = (g for g in self._step.groups.values() if len(g) == self._group_size)
+        for rows in sorted(map(sorted, whole)):
+            self._send(rows, batch=True, stateful=True)
 
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            # A task that blocks or refuses to be cancelled must not keep the run from ending.
-            self._thread.join(timeout=1.0)
+    def _read_results(self) -> dict[str, int]:
+        """Read until all is there; returns the pool's counts."""
+        assert self._pool is not None
+        _, results = _pipes(self._pool)
+        step = self._step
+        for text in results:
+            message: dict[str, Any] = json.loads(text)
+            if "collected" in message:
+                return message["collected"]
+            if "failed" in message:
+                raise RuntimeError(message["failed"])
+            column = message["column"]
+            name = self.rewards[column].name
+            step.seconds[name] += message.get("seconds", 0.0)
+            step.events.setdefault(name, Counter()).update(message.get("events", {}))
+            rows = step.rows_of_job[message["job"]]
+            for row, result in zip(rows, message["results"], strict=True):
+                step.results[row, column] = decode_result(result)
+        raise self._dead()
+
+    def _table(self, step: _Step) -> dict[int, list[RewardResult]]:
+        missing = Invalid("group incomplete", f"a batch reward needs {self._group_size} rollouts")
+        aborted = Invalid("completion aborted")
+        return {
+            row: [
+                aborted if sample.finish_reason == "abort" else step.results.get((row, k), missing)
+                for k in range(len(self.rewards))
+            ]
+            for row, sample in step.samples.items()
+        }
+
+
+def _pipes(pool: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert pool.stdin is not None and pool.stdout is not None
+    return pool.stdin, pool.stdout
 
 
 def _sample_of(rollout: Rollout) -> RewardSample:
@@ -222,74 +331,4 @@ def _sample_of(rollout: Rollout) -> RewardSample:
         metadata=rollout.prompt.metadata,
         num_tokens=len(rollout.completion.token_ids),
         finish_reason=rollout.completion.finish_reason,
-    )
-
-
-# The four below are where user code runs. They catch BaseException: a sys.exit() in a reward would
-# otherwise end a worker thread, or the event loop, instead of making a row invalid.
-
-
-def _score_sync(rewards: Sequence[ResolvedReward], sample: RewardSample) -> list[RewardResult]:
-    results: list[RewardResult] = []
-    for reward in rewards:
-        try:
-            results.append(_checked(reward.fn.function(sample, **reward.args)))
-        except BaseException as error:
-            results.append(_fault(error))
-    return results
-
-
-async def _score_async(reward: ResolvedReward, sample: RewardSample) -> list[RewardResult]:
-    try:
-        return [_checked(await reward.fn.function(sample, **reward.args))]
-    except BaseException as error:
-        return [_fault(error)]
-
-
-def _score_batch(reward: ResolvedReward, samples: Sequence[RewardSample]) -> list[RewardResult]:
-    try:
-        return _checked_all(reward.fn.function(samples, **reward.args), len(samples))
-    except BaseException as error:
-        return [_fault(error)] * len(samples)
-
-
-async def _score_batch_async(
-    reward: ResolvedReward, samples: Sequence[RewardSample]
-) -> list[RewardResult]:
-    try:
-        return _checked_all(await reward.fn.function(samples, **reward.args), len(samples))
-    except BaseException as error:
-        return [_fault(error)] * len(samples)
-
-
-def _checked(value: object) -> RewardResult:
-    if inspect.iscoroutine(value):
-        value.close()  # never to be awaited: without this, a warning from the interpreter
-        return Invalid("returned coroutine", "declare the function with 'async def'")
-    return as_result(value)
-
-
-def _checked_all(values: object, num_samples: int) -> list[RewardResult]:
-    if inspect.iscoroutine(values):
-        return [_checked(values)] * num_samples
-    values = plain_value(values)
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        fault = Invalid(f"returned {type(values).__name__}", "a batch reward returns a list")
-        return [fault] * num_samples
-    results = [_checked(value) for value in cast("Sequence[object]", values)]
-    if len(results) != num_samples:
-        detail = f"{len(results)} results for {num_samples} samples"
-        return [Invalid("wrong number of results", detail)] * num_samples
-    return results
-
-
-def _fault(error: BaseException) -> Invalid:
-    try:
-        message = str(error)
-    except Exception:
-        message = "(its message cannot be shown)"
-    return Invalid(
-        f"raised {type(error).__name__}",
-        message if len(message) <= 200 else f"{message[:200]}...",
-        "".join(traceback.format_exception(error)),
     )

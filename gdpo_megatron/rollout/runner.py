@@ -8,6 +8,7 @@ that made them until the trainer's layout asks for them.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from gdpo_megatron.config.schema import SamplingConfig
-from gdpo_megatron.distributed.exchange import gather_by_sample
+from gdpo_megatron.distributed.exchange import gather_by_sample, gather_texts
 from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.platform import Platform
+from gdpo_megatron.rewards.breaker import check_invalid
+from gdpo_megatron.rewards.report import RewardReport
 from gdpo_megatron.rewards.scores import RewardScores
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import (
@@ -41,7 +44,7 @@ class RolloutBatch:
     Args:
         rollouts: sample id -> rollout, on the leader of the engine that made it; elsewhere empty.
         reasons: (sample id, reward name) -> why an entry of `rollouts` has no value.
-        tracebacks: reward name -> that of the first of `rollouts` on which it raised.
+        report: what happened while the rewards ran, over all engines; equal on all ranks.
         lengths: [B] int64, completion tokens.
         finish: [B] int64, index into ("stop", "length", "abort").
         rewards: [B, K] with conditions applied.
@@ -52,7 +55,7 @@ class RolloutBatch:
 
     rollouts: dict[int, Rollout]
     reasons: dict[tuple[int, str], str]
-    tracebacks: dict[str, str]
+    report: RewardReport
     lengths: Tensor
     finish: Tensor
     rewards: RewardMatrix
@@ -69,7 +72,7 @@ class RolloutBatch:
         return cls(
             rollouts={s: rollout for r in rounds for s, rollout in r.rollouts.items()},
             reasons={key: why for r in rounds for key, why in r.reasons.items()},
-            tracebacks={n: t for r in reversed(rounds) for n, t in r.tracebacks.items()},
+            report=RewardReport.over_rounds([r.report for r in rounds]),
             lengths=torch.cat([r.lengths for r in rounds]),
             finish=torch.cat([r.finish for r in rounds]),
             rewards=RewardMatrix(
@@ -82,6 +85,11 @@ class RolloutBatch:
             not_applicable=torch.cat([r.not_applicable for r in rounds]),
             replica_of=[replica for r in rounds for replica in r.replica_of],
         )
+
+    def check_invalid(self, max_fraction: float) -> None:
+        """Raise TooManyInvalid where a reward is broken; the same on all ranks."""
+        counts: list[int] = self.not_applicable.sum(0).tolist()
+        check_invalid(self.rewards, counts, self.report, max_fraction)
 
     def finish_share(self, reason: FinishReason) -> float:
         """Share of the rollouts that ended for `reason`."""
@@ -171,6 +179,8 @@ def run_rollouts(
             rollouts[result.request_id] = rollout
             suite.submit(rollout)
 
+    if leads:
+        suite.start()
     requests = [
         RolloutRequest(
             request_id=s,
@@ -196,6 +206,7 @@ def _gather(
     platform: Platform,
 ) -> RolloutBatch:
     ids, num_samples = sorted(rollouts), len(group_ids)
+    report = RewardReport() if scores is None else scores.report
     rows = [i - first for i in ids]
     facts = torch.tensor(
         [
@@ -216,6 +227,7 @@ def _gather(
     ]
     assert scores is None or scores.sample_ids.tolist() == ids
     device = platform.device
+    reports = gather_texts(json.dumps(report.as_json()), device)
     facts = gather_by_sample(rows, facts, num_samples, device)
     values, raw, valid, not_applicable = (
         gather_by_sample(rows, column, num_samples, device) for column in columns
@@ -223,7 +235,7 @@ def _gather(
     return RolloutBatch(
         rollouts=rollouts,
         reasons={} if scores is None else dict(scores.reasons),
-        tracebacks={} if scores is None else dict(scores.tracebacks),
+        report=RewardReport.over_engines([RewardReport(**json.loads(it)) for it in reports]),
         lengths=facts[:, 0],
         finish=facts[:, 1],
         rewards=RewardMatrix(names, values, valid, group_ids),
