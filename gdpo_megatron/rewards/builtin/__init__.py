@@ -1,5 +1,25 @@
 """The built-in rewards; importing this package registers them."""
 
-from gdpo_megatron.rewards.builtin import gsm8k, length, math, text, tool_call
+from gdpo_megatron.rewards.builtin import (
+    gsm8k,
+    json_schema,
+    length,
+    math,
+    overlong,
+    regex_match,
+    repetition,
+    text,
+    tool_call,
+)
 
-__all__ = ["gsm8k", "length", "math", "text", "tool_call"]
+__all__ = [
+    "gsm8k",
+    "json_schema",
+    "length",
+    "math",
+    "overlong",
+    "regex_match",
+    "repetition",
+    "text",
+    "tool_call",
+]

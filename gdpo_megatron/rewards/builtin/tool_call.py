@@ -35,6 +35,7 @@ from gdpo_megatron.rewards.base import (
     count_event,
     register_reward,
 )
+from gdpo_megatron.rewards.builtin import bounded_json
 
 Mode: TypeAlias = Literal["reference", "paper"]
 NameOverlap: TypeAlias = Literal["multiset", "set"]
@@ -43,8 +44,8 @@ MAX_SCORE, MIN_SCORE = 3.0, -3.0
 
 # What is larger is answered without parsing, as a parse error: the reference would spend any time,
 # and stop at a nesting that depends on how deep the caller's own stack is.
-MAX_COMPLETION_CHARS = 1_000_000
-MAX_JSON_NESTING = 200
+MAX_COMPLETION_CHARS = bounded_json.MAX_CHARS
+MAX_JSON_NESTING = bounded_json.MAX_NESTING
 
 # Key: (gold holds <tool_call>, gold holds <response>). Value: pattern, tags that occur just once.
 _FORMATS = {
@@ -162,29 +163,13 @@ def _parse_calls(text: str) -> list[Any]:
     block = text.split("<tool_call>")[1].split("</tool_call>")[0].strip()
     calls: list[Any] = []
     for number, line in enumerate(block.split("\n"), 1):
-        if _nesting(line) > MAX_JSON_NESTING:
+        if bounded_json.nesting(line) > MAX_JSON_NESTING:
             raise ValueError(f"call {number}: nested deeper than {MAX_JSON_NESTING}")
         try:
             calls.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"call {number} is not JSON on one line: {error}") from error
     return calls
-
-
-def _nesting(text: str) -> int:
-    if text.count("[") + text.count("{") <= MAX_JSON_NESTING:
-        return 0  # cannot be too deep; saves the scan
-    depth = deepest = 0
-    in_string = False
-    for token in re.findall(r'\\.|["\[\]{}]', text, re.DOTALL):
-        if token == '"':
-            in_string = not in_string
-        elif not in_string and token in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif not in_string and token in "]}":
-            depth -= 1
-    return deepest
 
 
 def _multiset_jaccard(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:

@@ -49,4 +49,6 @@ def test_functions_exist_and_take_what_the_table_says():
 
 
 def _yaml(value: object) -> str:
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))  # pyright: ignore
+    return (
+        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    )

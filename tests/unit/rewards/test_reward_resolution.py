@@ -74,7 +74,10 @@ def test_no_rewards_is_a_problem():
     [
         ({"limit": "long"}, "args.limit is 'long': Input should be a valid integer"),
         ({"limit": 0}, "args.limit is 0: Input should be greater than 0"),
-        ({"limit": 3, "sample": 1}, "args.sample is unknown to type 'length'; choices: limit"),
+        (
+            {"limit": 3, "sample": 1},
+            "args.sample is unknown to type 'length'; choices: count_stop_token, limit",
+        ),
     ],
 )
 def test_argument_values_are_checked(args: dict[str, Any], message: str):
