@@ -14,8 +14,10 @@ from gdpo_megatron.sandbox.results import (
 from gdpo_megatron.sandbox.shared import (
     close_shared,
     configure,
+    is_sandbox_user,
     shared_config,
     shared_sandbox,
+    uses_sandbox,
 )
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "Status",
     "close_shared",
     "configure",
+    "is_sandbox_user",
     "shared_config",
     "shared_sandbox",
+    "uses_sandbox",
 ]

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gdpo_megatron.sandbox.results import SandboxUnavailable
 
@@ -66,8 +67,8 @@ def make_layout(*, allow_numpy: bool, by_descriptor: bool) -> Layout:
     """
     prefix = Path(sys.base_prefix).resolve()
     name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-    outside_venv = dict.fromkeys(("base", "installed_base"), sys.base_prefix)
-    outside_venv |= dict.fromkeys(("platbase", "installed_platbase"), sys.base_exec_prefix)
+    outside_venv: dict[str, Any] = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    outside_venv |= {f"installed_{name}": value for name, value in outside_venv.items()}
     libraries = [
         Path(sysconfig.get_path(kind, vars=outside_venv)).resolve()
         for kind in ("stdlib", "platstdlib")

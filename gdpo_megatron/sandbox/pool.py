@@ -33,6 +33,7 @@ from gdpo_megatron.sandbox.worker import Worker, WorkerDied, landlock_abi
 
 _log = logging.getLogger(__name__)
 
+_AUTO: tuple[Isolation, ...] = ("bwrap", "inner")  # the strongest first
 _NUM_ATTEMPTS = 3
 _QUEUE_SECONDS = 300.0
 _LITTLE_CPU = 0.5  # of the limit: a run that used less may have been starved by the machine
@@ -79,47 +80,63 @@ class Sandbox:
             f"Landlock {abi or 'absent'}"
         )
 
-    def run(
-        self, program: str, *, stdin: str = "", prelude: str = "", limits: Limits | None = None
-    ) -> Execution:
+    def run(self, program: str, *, stdin: str = "", limits: Limits | None = None) -> Execution:
         """Run a program as `python main.py < stdin`.
 
         Args:
             program: its source.
             stdin: its input.
-            prelude: run before it, in the same module.
             limits: instead of the configured ones.
         """
-        return self._execute(_request(program, prelude), stdin, limits)
+        return self._execute({"sources": [["main.py", program]]}, stdin, limits)
 
     def run_call(
-        self, program: str, expression: str, *, prelude: str = "", limits: Limits | None = None
+        self,
+        program: str,
+        expression: str,
+        *,
+        prelude: str = "",
+        setup: str = "",
+        limits: Limits | None = None,
     ) -> Execution:
         """Run a program, evaluate an expression in its module and bring its value out.
 
         The value is whatever the program likes it to be: compare it with something that the
         program cannot know.
 
+        Args:
+            program: its source.
+            expression: evaluated after it, in its module.
+            prelude: source that runs before the program, in the same module.
+            setup: source that runs after the program, in the same module.
+            limits: instead of the configured ones.
+
         Returns:
             `value` holds it; NO_VALUE where the run failed or gave something that is no literal.
         """
-        request = {**_request(program, prelude), "expression": expression}
+        request = {**_request(program, prelude, setup), "expression": expression}
         return self._execute(request, "", limits)
 
     def run_check(
-        self, program: str, check: str, *, prelude: str = "", limits: Limits | None = None
+        self,
+        program: str,
+        check: str,
+        *,
+        prelude: str = "",
+        setup: str = "",
+        limits: Limits | None = None,
     ) -> Execution:
         """Run a program, then code that raises where the program is wrong.
 
         The weaker way: the check runs beside the program, which could find and change it. That it
         came to its end is known by a nonce, which keeps out programs that exit or print, not one
-        that looks through its own memory.
+        that looks through its own memory. Arguments as for `run_call`.
 
         Returns:
             `value` is True where the check came to its end.
         """
         nonce = secrets.token_hex(16)
-        request = {**_request(program, prelude), "check": check, "nonce": nonce}
+        request = {**_request(program, prelude, setup), "check": check, "nonce": nonce}
         done = self._execute(request, "", limits)
         passed = done.status is Status.OK and done.value == nonce
         if done.status is Status.OK and not passed:
@@ -188,9 +205,8 @@ class Sandbox:
     def _choose(self) -> tuple[Isolation, Worker]:
         """The first mode that this machine supports, by its probe."""
         mode = self.config.mode
-        candidates: tuple[Isolation, ...] = ("bwrap", "inner") if mode == "auto" else (mode,)
         problems: list[str] = []
-        for isolation in candidates:
+        for isolation in _AUTO if mode == "auto" else (mode,):
             try:
                 return isolation, self._start(isolation)
             except SandboxUnavailable as error:
@@ -253,9 +269,9 @@ def start_worker(isolation: Isolation, config: SandboxConfig, limits: Limits) ->
     return worker
 
 
-def _request(program: str, prelude: str) -> dict[str, Any]:
-    sources = [["prelude.py", prelude]] if prelude else []
-    return {"sources": [*sources, ["main.py", program]]}
+def _request(program: str, prelude: str, setup: str) -> dict[str, Any]:
+    sources = [["prelude.py", prelude], ["main.py", program], ["setup.py", setup]]
+    return {"sources": [source for source in sources if source[1]]}
 
 
 def _is_starved(done: Execution, limits: Limits) -> bool:
@@ -268,7 +284,7 @@ def _shout() -> None:
     line = "!" * 78
     print(
         f"{line}\nsandbox.mode is unsafe: programs that the model wrote run WITHOUT isolation,\n"
-        f"with the rights of this process's user. They can read, change and stop anything here.\n"
+        f"with the rights of this process's user, or of nobody where that is root. They can read, change and stop anything here.\n"
         f"{line}",
         file=sys.stderr,
         flush=True,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.sandbox.pool import Sandbox
@@ -18,6 +20,21 @@ _config = SandboxConfig()
 _num_workers = 1
 _sandbox: Sandbox | None = None
 _owner = 0
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MARK = "__gdpo_uses_sandbox__"
+
+
+def uses_sandbox(function: F) -> F:
+    """Mark a reward that calls `shared_sandbox`: a run that has one needs a sandbox to start."""
+    setattr(function, _MARK, True)
+    return function
+
+
+def is_sandbox_user(function: Any) -> bool:
+    """Whether a reward function is marked by `uses_sandbox`."""
+    return getattr(function, _MARK, False)
 
 
 def configure(config: SandboxConfig, *, num_workers: int = 1) -> None:

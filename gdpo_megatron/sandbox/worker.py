@@ -78,7 +78,7 @@ class Worker:
             self._process = subprocess.Popen(
                 launch.command,
                 env=launch.environment,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 start_new_session=True,

@@ -1,6 +1,7 @@
 """The built-in rewards; importing this package registers them."""
 
 from gdpo_megatron.rewards.builtin import (
+    code,
     gsm8k,
     json_schema,
     length,
@@ -13,6 +14,7 @@ from gdpo_megatron.rewards.builtin import (
 )
 
 __all__ = [
+    "code",
     "gsm8k",
     "json_schema",
     "length",

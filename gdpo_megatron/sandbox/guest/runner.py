@@ -119,7 +119,8 @@ def _run_sources(request: dict) -> int:
     except MemoryError:
         return MEMORY
     except BaseException as error:
-        traceback.print_exc(limit=-20)
+        inner = error.__traceback__ and error.__traceback__.tb_next  # without this file's frame
+        traceback.print_exception(error.with_traceback(inner), limit=-20)
         if isinstance(error, OSError) and error.errno in (errno.EPERM, errno.EACCES):
             return DENIED
         return FAILED
