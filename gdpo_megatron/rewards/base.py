@@ -171,9 +171,24 @@ _FORM = "__gdpo_reward_form__"
 
 class _RewardRegistry(Registry[RewardFunction]):
     def add(self, name: str, entry: RewardFunction) -> None:
-        # Loading an entry point imports a module whose decorator may have added the same function.
-        if self._entries.get(name) is not entry:
-            super().add(name, entry)
+        # Loading an entry point imports a module whose decorator may have added the same function,
+        # and a file may be loaded by its path here and be imported by its name elsewhere.
+        there = self._entries.get(name)
+        if there is entry:
+            return
+        if there is not None and _is_reload(there, entry):
+            del self._entries[name]
+        super().add(name, entry)
+
+
+def _is_reload(first: RewardFunction, second: RewardFunction) -> bool:
+    """Whether two functions, or callable instances, are one definition in two modules."""
+    old, new = (it if inspect.isroutine(it) else type(it) for it in (first, second))
+    try:
+        same_file = inspect.getfile(old) == inspect.getfile(new)
+    except (TypeError, OSError):  # built in
+        return False
+    return same_file and old.__qualname__ == new.__qualname__ and old.__module__ != new.__module__
 
 
 REWARDS: Final = _RewardRegistry("reward", "gdpo_megatron.rewards")

@@ -154,8 +154,10 @@ def _become_worker(pool: int, output: int, keep: tuple[int, ...]) -> None:
         if int(entry.name) > 2 and int(entry.name) not in keep:
             with contextlib.suppress(OSError):  # the listing's own is among them
                 os.close(int(entry.name))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True, errors="replace")  # pyright: ignore
+    # New streams: the old ones believe to be at a file, where the trainer's output is one.
+    sys.stdout, sys.stderr = (
+        open(fd, "w", buffering=1, errors="replace", closefd=False) for fd in (1, 2)
+    )
     faulthandler.enable()
 
 
