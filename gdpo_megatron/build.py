@@ -18,12 +18,17 @@ from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import RandomWeights, stop_token_ids
 from gdpo_megatron.conversion.hf_writer import write_hf_folder
 from gdpo_megatron.conversion.model_folder import copy_model_config, model_files, open_checkpoint
+from gdpo_megatron.conversion.peft_writer import write_peft_folder
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
 from gdpo_megatron.platform import Platform
+from gdpo_megatron.policy.lora import peft_tensors
 from gdpo_megatron.policy.model import MegatronModel, TensorReader
 from gdpo_megatron.rollout.base import RolloutEngine, engines
+
+PEFT_FOLDER = "peft"
+"""Beside the export of a LoRA run: its adapters alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +104,7 @@ class Parts:
         self.tokenizer.save(folder)
 
     def export(self, model: MegatronModel, folder: Path) -> None:
-        """Write a Hugging Face folder; collective."""
+        """Write a Hugging Face folder, and adapters beside it for PEFT; collective."""
         tensors = model.hf_tensors()
         if self.mesh.rank != 0:
             for _ in tensors:
@@ -113,6 +118,15 @@ class Parts:
                 source=self.folder,
                 save_tokenizer=self.tokenizer.save,
             )
+        if model.lora is not None:
+            adapters, lora = peft_tensors(model), model.lora.config
+            if self.mesh.rank != 0:
+                for _ in adapters:
+                    pass
+            else:
+                write_peft_folder(
+                    folder.with_name(PEFT_FOLDER), adapters, self.arch, lora, base=self.folder
+                )
         torch.distributed.barrier()
 
 

@@ -66,6 +66,8 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
         optimizer=config.optimizer,
         total_updates=train.num_steps,
         make_reader=parts.reader,
+        lora=config.model.lora,
+        seed=config.seed,
         **parts.model_kwargs(),
     )
     checkpoints = CheckpointManager(

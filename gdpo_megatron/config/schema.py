@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
+from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.section import (
@@ -39,6 +40,10 @@ class ModelConfig:
 
     max_sequence_length: PositiveInt = 2048
     """Prompt and completion together, in tokens."""
+
+    lora: LoraConfig | None = None
+    """Train low-rank adapters and leave the model's own weights as they are; null trains all of
+    them."""
 
 
 @section

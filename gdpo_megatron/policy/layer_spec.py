@@ -76,9 +76,16 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
-def layer_spec(config: TransformerConfig, platform: Platform) -> ModuleSpec:
-    """The layer spec for this platform."""
-    if platform.has_transformer_engine():
+def layer_spec(config: TransformerConfig, platform: Platform, *, fused_norms: bool) -> ModuleSpec:
+    """The layer spec for this platform.
+
+    Args:
+        config: of the model.
+        platform: the machine.
+        fused_norms: whether a norm may be part of the linear layer that follows it, as in
+            Transformer Engine's spec.
+    """
+    if fused_norms and platform.has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )

@@ -22,7 +22,9 @@ from megatron.core.distributed import (
 from torch import Tensor
 
 from gdpo_megatron.config import schema
+from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.data.batching import MicroBatch
+from gdpo_megatron.policy.lora import Lora
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.optimizer import (
     build_optimizer,
@@ -68,6 +70,9 @@ class MegatronPolicy(MegatronModel):
     Args:
         optimizer: AdamW, clipping and schedule.
         total_updates: optimizer steps of the whole run, for the schedule.
+        make_reader: of the weights to start from.
+        lora: train adapters only; None trains all weights.
+        seed: of new adapters.
         **model: see MegatronModel.
     """
 
@@ -77,11 +82,16 @@ class MegatronPolicy(MegatronModel):
         optimizer: schema.OptimizerConfig,
         total_updates: int,
         make_reader: Callable[[], Any],
+        lora: LoraConfig | None = None,
+        seed: int = 0,
         **model: Any,
     ):
-        super().__init__(*args, **model)
+        # An adapter sees the input of its layer, and that must be the normalised one.
+        super().__init__(*args, fused_norms=lora is None, **model)
         # The optimizer copies its main weights from the model: they must be there first.
         self.load_hf(make_reader())
+        if lora is not None:
+            self.lora = Lora(self.gpt, self.stage_rows, lora, mesh=self.mesh, seed=seed)
         self.ddp = DistributedDataParallel(
             self.config,
             DistributedDataParallelConfig(
@@ -164,6 +174,10 @@ class MegatronPolicy(MegatronModel):
             zip(loss_fn.maxima, maxima.tolist(), strict=True)
         )
 
+    def without_adapters(self) -> WithoutAdapters:
+        """The model that a LoRA run started from, in the same memory."""
+        return WithoutAdapters(self)
+
     def sharded_state_dict(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron's distributed checkpoint takes them."""
         materialize_state(self.optimizer)
@@ -184,3 +198,22 @@ class MegatronPolicy(MegatronModel):
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0  # it adds the steps that it loads to its own
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+class WithoutAdapters:
+    """A LoRA policy as it was before training: the reference of its KL term.
+
+    Args:
+        policy: with adapters.
+    """
+
+    def __init__(self, policy: MegatronPolicy):
+        assert policy.lora is not None
+        self._policy, self._lora = policy, policy.lora
+
+    def logprobs(
+        self, micro_batches: Sequence[MicroBatch], temperature: float
+    ) -> list[Tensor | None]:
+        """As MegatronModel's."""
+        with self._lora.switched_off():
+            return self._policy.logprobs(micro_batches, temperature)

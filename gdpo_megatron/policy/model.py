@@ -21,13 +21,15 @@ from torch import Tensor
 
 from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
-from gdpo_megatron.conversion.mapping import Row, hf_shapes, mapping_rows
+from gdpo_megatron.conversion.layouts import Layout
+from gdpo_megatron.conversion.mapping import Row, mapping_rows
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.batching import MicroBatch
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.platform import Platform
 from gdpo_megatron.policy.layer_spec import layer_spec
 from gdpo_megatron.policy.logprobs import logprobs_and_entropy
+from gdpo_megatron.policy.lora import Lora
 
 
 class TensorReader(Protocol):
@@ -111,7 +113,11 @@ class MegatronModel:
     Args:
         arch: shape of the model.
         max_sequence_length: longest row that will be seen.
+        fused_norms: see layer_spec.
     """
+
+    lora: Lora | None = None
+    """Adapters that belong to the weights."""
 
     def __init__(
         self,
@@ -122,13 +128,14 @@ class MegatronModel:
         max_sequence_length: int,
         mesh: Mesh,
         platform: Platform,
+        fused_norms: bool = True,
     ):
         self.arch, self.mesh, self.platform = arch, mesh, platform
         self.config = transformer_config(arch, parallel, precision, platform)
         self._layers_per_stage = stage_layers(arch.num_layers, parallel)
         self.gpt = GPTModel(
             self.config,
-            layer_spec(self.config, platform),
+            layer_spec(self.config, platform, fused_norms=fused_norms),
             vocab_size=arch.padded_vocab_size(mesh.tp_size),
             max_sequence_length=max_sequence_length,
             position_embedding_type="rope",
@@ -142,7 +149,7 @@ class MegatronModel:
         self.module: torch.nn.Module = self.gpt
         if self.config.bf16:
             self.module = Float16Module(self.config, self.gpt)
-        self._stage_rows = list(self._rows_of_stage(mesh.pp_rank))
+        self.stage_rows = list(self._rows_of_stage(mesh.pp_rank))
 
     # ---- weights -----------------------------------------------------------------------------
 
@@ -183,7 +190,7 @@ class MegatronModel:
     def load_hf(self, reader: TensorReader) -> None:
         """Fill this rank's parameters from full Hugging Face tensors."""
         mesh = self.mesh
-        for row, parameter in self._stage_rows:
+        for row, parameter in self.stage_rows:
             full = row.layout.merge([reader.get(n) for n in row.hf], self.arch, mesh.tp_size)
             parameter.copy_(row.layout.shard(full, mesh.tp_rank, mesh.tp_size))
 
@@ -193,40 +200,61 @@ class MegatronModel:
 
         Collective over the trainer's mesh: each tensor is gathered over TP where it is held, and
         broadcast to the other expert-parallel ranks and stages, one row at a time. A yielded tensor
-        may be a view of the parameter: copy what outlives the next update.
+        may be a view of the parameter: copy what outlives the next update. Adapters are merged into
+        it, and the model is left as it is.
         """
-        mesh, shapes = self.mesh, hf_shapes(self.arch)
-        own = {row.hf: parameter for row, parameter in self._stage_rows if not row.import_only}
+        own = {row.hf: parameter for row, parameter in self.stage_rows if not row.import_only}
         for row in mapping_rows(self.arch):
             if row.import_only:
                 continue
-            stage, (ep_rank, _) = self.stage_of(row), self._place_of_expert(row)
-            if row.hf in own:
-                full = self._unshard(row, own[row.hf])
-                tensors = [t.contiguous() for t in row.layout.split(full, self.arch)]
-            else:
-                tensors = [
-                    torch.empty(
-                        shapes[n], dtype=self.config.params_dtype, device=self.platform.device
-                    )
-                    for n in row.hf
-                ]
-            if ep_rank is not None and mesh.ep_size > 1 and stage == mesh.pp_rank:
-                source = dist.get_global_rank(mesh.ep_group, ep_rank)
-                for tensor in tensors:
-                    dist.broadcast(tensor, source, group=mesh.ep_group)
-            if mesh.pp_size > 1:
-                source = dist.get_global_rank(mesh.pp_group, stage)
-                for tensor in tensors:
-                    dist.broadcast(tensor, source, group=mesh.pp_group)
+            shard = own.get(row.hf)
+            if shard is not None and self.lora and (adapter := self.lora.adapter(row)):
+                shard = adapter.merged(shard)
+            tensors = self.whole_tensors(row, row.layout, shard, row.shapes)
             yield from zip(row.hf, tensors, strict=True)
 
-    def _unshard(self, row: Row, parameter: Tensor) -> Tensor:
-        if self.mesh.tp_size == 1 or row.layout.tp_dim is None:
-            return parameter.detach()
-        shards = [torch.empty_like(parameter) for _ in range(self.mesh.tp_size)]
-        dist.all_gather(shards, parameter.detach().contiguous(), group=self.mesh.tp_group)
-        return row.layout.unshard(shards)
+    def whole_tensors(
+        self,
+        row: Row,
+        layout: Layout,
+        shard: Tensor | None,
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[Tensor]:
+        """Whole tensors of the ranks that hold a row, on every rank; collective over the mesh.
+
+        Args:
+            row: says which pipeline stage and expert-parallel rank holds them.
+            layout: between what is held there and the tensors.
+            shard: this rank's part; None where the row is not held.
+            shapes: of the tensors.
+
+        Returns:
+            The tensors; where TP ranks share nothing, views of the shard.
+        """
+        mesh = self.mesh
+        stage, (ep_rank, _) = self.stage_of(row), self._place_of_expert(row)
+        if shard is not None:
+            full = self._unshard(layout, shard.detach())
+            tensors = [t.contiguous() for t in layout.split(full, self.arch)]
+        else:
+            dtype, device = self.config.params_dtype, self.platform.device
+            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        if ep_rank is not None and mesh.ep_size > 1 and stage == mesh.pp_rank:
+            source = dist.get_global_rank(mesh.ep_group, ep_rank)
+            for tensor in tensors:
+                dist.broadcast(tensor, source, group=mesh.ep_group)
+        if mesh.pp_size > 1:
+            source = dist.get_global_rank(mesh.pp_group, stage)
+            for tensor in tensors:
+                dist.broadcast(tensor, source, group=mesh.pp_group)
+        return tensors
+
+    def _unshard(self, layout: Layout, shard: Tensor) -> Tensor:
+        if self.mesh.tp_size == 1 or layout.tp_dim is None:
+            return shard
+        shards = [torch.empty_like(shard) for _ in range(self.mesh.tp_size)]
+        dist.all_gather(shards, shard.contiguous(), group=self.mesh.tp_group)
+        return layout.unshard(shards)
 
     # ---- forward -----------------------------------------------------------------------------
 
