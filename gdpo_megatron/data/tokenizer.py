@@ -13,7 +13,6 @@ from their class instead, and then differs from the file (the Llama class drops 
 from __future__ import annotations
 
 import codecs
-import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from gdpo_megatron.errors import InputError
 SPACE_SYMBOL = "\u2581"
 """What SentencePiece writes for a space."""
 
-_PIECE_FILE = "tokenizer.model"
+PIECE_FILE = "tokenizer.model"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,7 +34,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "vocab.json",
     "merges.txt",
-    _PIECE_FILE,
+    PIECE_FILE,
 )
 """All that a Hugging Face tokenizer folder may consist of."""
 
@@ -149,6 +148,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     Raises:
         InputError: nothing there, or nothing that is a tokenizer.
     """
+    # It builds on this module.
+    from gdpo_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
+
     path = Path(path)
     if path.is_file():
         if path.suffix == ".model":
@@ -158,12 +160,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise InputError(f"tokenizer {path}: no such folder or file")
     if (path / "tokenizer.json").is_file():
         return HuggingFaceTokenizer(path)
-    if (path / _PIECE_FILE).is_file():
-        return SentencePieceTokenizer(path / _PIECE_FILE)
+    if (path / PIECE_FILE).is_file():
+        return SentencePieceTokenizer(path / PIECE_FILE)
     if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return HuggingFaceTokenizer(path)
     raise InputError(
-        f"tokenizer {path}: the folder has no tokenizer.json, no {_PIECE_FILE} and no "
+        f"tokenizer {path}: the folder has no tokenizer.json, no {PIECE_FILE} and no "
         "vocab.json with merges.txt"
     )
 
@@ -184,7 +186,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 path, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:
-            raise InputError(f"tokenizer {path}: cannot be read: {_one_line(error)}") from error
+            raise InputError(f"tokenizer {path}: cannot be read: {one_line(error)}") from error
         if not self._hf.is_fast:
             raise InputError(f"tokenizer {path}: no fast tokenizer, save it with a tokenizer.json")
         self._backend = self._hf.backend_tokenizer
@@ -210,7 +212,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if not self.has_chat_template:
-            raise _no_chat_template(self.path)
+            raise no_chat_template(self.path)
         import jinja2
 
         try:
@@ -220,7 +222,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 return_dict=False,
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise InputError(f"the chat template refuses it: {_one_line(error)}") from error
+            raise InputError(f"the chat template refuses it: {one_line(error)}") from error
 
     def save(self, folder: Path | str) -> None:
         # A copy: written anew, the files would name another tokenizer class than the base model's.
@@ -238,101 +240,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return b"" if piece is None else self._piece_bytes(piece)
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file. Special tokens in a text are text to it."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        import sentencepiece
-
-        self.path = path
-        try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise InputError(
-                f"tokenizer {path}: no SentencePiece model: {_one_line(error)}"
-            ) from error
-        model = self._model
-        self.vocab_size = model.vocab_size()
-        self.bos_token_id = _id_or_none(model.bos_id())
-        self.eos_token_id = _id_or_none(model.eos_id())
-        self.special_token_ids = frozenset(
-            i for i in range(self.vocab_size) if model.is_control(i) or model.is_unknown(i)
-        )
-        self._prefix: list[int] = []
-        if self.bos_token_id is not None and self._read_add_bos():
-            self._prefix = [self.bos_token_id]
-        probe = "".join(model.encode("a", out_type=str))
-        if probe.endswith(SPACE_SYMBOL):
-            raise InputError(f"tokenizer {path}: models with spaces at word ends are not supported")
-        self._strips_first_space = probe.startswith(SPACE_SYMBOL)
-
-    def _read_add_bos(self) -> bool:
-        # A .model file does not say whether texts begin with its begin token; the Hugging Face
-        # config beside it may. Without one, Llama's convention: they do.
-        config = self.path.parent / "tokenizer_config.json"
-        if not config.is_file():
-            return True
-        try:
-            return bool(json.loads(config.read_text(encoding="utf-8")).get("add_bos_token", True))
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"tokenizer {config}: no JSON object: {_one_line(error)}") from error
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._model.encode(text)
-        return self._prefix + ids if add_special_tokens else ids
-
-    @property
-    def has_chat_template(self) -> bool:
-        return False
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        raise _no_chat_template(self.path)
-
-    def save(self, folder: Path | str) -> None:
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / _PIECE_FILE
-        if not (target.exists() and self.path.samefile(target)):
-            shutil.copyfile(self.path, target)
-        model = self._model
-        named = {
-            "bos_token": model.bos_id(),
-            "eos_token": model.eos_id(),
-            "unk_token": model.unk_id(),
-            "pad_token": model.pad_id(),
-        }
-        config = {
-            "tokenizer_class": "LlamaTokenizer",
-            **{name: model.id_to_piece(i) for name, i in named.items() if i >= 0},
-            "add_bos_token": bool(self._prefix),
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "legacy": True,
-        }
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps(config, indent=2) + "\n", encoding="utf-8"
-        )
-
-    def _make_token_bytes(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self.vocab_size:
-            return b""
-        piece = self._model.id_to_piece(token_id)
-        if self._model.is_byte(token_id):
-            return bytes.fromhex(piece[3:5])
-        return piece.replace(SPACE_SYMBOL, " ").encode()
-
-
-def _no_chat_template(path: Path) -> InputError:
+def no_chat_template(path: Path) -> InputError:
+    """The error for messages that nothing can render."""
     return InputError(
         f"tokenizer {path} has no chat template; give prompts as strings without "
         "data.system_prompt, or a tokenizer folder with a chat template"
     )
 
 
-def _id_or_none(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
-
-
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """A library's message without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

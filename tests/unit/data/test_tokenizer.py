@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gdpo_megatron.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from gdpo_megatron.data.tokenizer import (
     SPACE_SYMBOL,
     HuggingFaceTokenizer,
     IncrementalDecoder,
-    SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
 )
