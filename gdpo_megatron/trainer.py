@@ -33,7 +33,8 @@ from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatch
 from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
-from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy, WithoutAdapters
+from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
@@ -76,9 +77,15 @@ class GDPOTrainer:
             optimizer=config.optimizer,
             total_updates=config.train.num_steps * config.train.num_minibatches_per_step,
             make_reader=parts.reader,
+            lora=config.model.lora,
+            seed=config.seed,
             **parts.model_kwargs(),
         )
-        self.reference = parts.frozen_model() if needs_reference(config.loss) else None
+        self.reference: MegatronModel | WithoutAdapters | None = None
+        if needs_reference(config.loss):
+            # A LoRA policy still holds the model that it started from: no second one is needed.
+            lora = self.policy.lora is not None
+            self.reference = self.policy.without_adapters() if lora else parts.frozen_model()
         self.engine, self.engines = parts.engine(
             rollout.engine, rollout.tensor_parallel_size, rollout.max_concurrent_sequences
         )
