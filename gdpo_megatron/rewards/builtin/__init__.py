@@ -9,6 +9,7 @@ from gdpo_megatron.rewards.builtin import (
     overlong,
     regex_match,
     repetition,
+    reward_model,
     text,
     tool_call,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "overlong",
     "regex_match",
     "repetition",
+    "reward_model",
     "text",
     "tool_call",
 ]

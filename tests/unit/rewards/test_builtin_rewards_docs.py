@@ -15,7 +15,7 @@ BUILTIN = "gdpo_megatron.rewards.builtin"
 
 def rows() -> dict[str, tuple[str, str]]:
     """Registered name -> (its arguments, the plain function) as the table shows them."""
-    table = re.findall(r"^\| `(\w+)` \|(.*)\|.*\| (.+?) \|$", DOCS.read_text(), re.MULTILINE)
+    table = re.findall(r"^\| `(\w+)` \| (.*) \|.*\| (.+?) \|$", DOCS.read_text(), re.MULTILINE)
     return {name: (arguments, function) for name, arguments, function in table}
 
 
@@ -33,7 +33,12 @@ def test_arguments_and_defaults_are_those_of_the_function():
             else f"{option.name}: {_yaml(option.default)}"
             for option in options
         ]
-        assert re.findall(r"`(.+?)`", arguments) == shown, name
+        # `...` stands for a default that would not fit a table.
+        expected = [
+            re.escape(text) if len(text) < 40 else f"{text.partition(':')[0]}: \\.\\.\\."
+            for text in shown
+        ]
+        assert re.fullmatch(", ".join(f"`{text}`" for text in expected) or "-", arguments), name
 
 
 def test_functions_exist_and_take_what_the_table_says():
@@ -49,6 +54,4 @@ def test_functions_exist_and_take_what_the_table_says():
 
 
 def _yaml(value: object) -> str:
-    return (
-        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-    )
+    return "null" if value is None else str(value).lower() if value in (True, False) else str(value)
