@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--node-rank", type=int, help="number of this node, from 0")
         command.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of the first node")
     _add_generate(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -84,11 +85,24 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this machine has, and what to install",
+        description="Try what a run may need here; exit code 1 where something needed is missing.",
+    )
+    command.add_argument("check", nargs="*", metavar="CHECK", help="by name; default: all")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ends the process."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
+        if options.command == "doctor":
+            if rest:
+                parser.error(f"unknown arguments: {' '.join(rest)}")
+            sys.exit(_doctor(options))
         if options.command == "generate":
             if rest:
                 parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -100,6 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)  # before any rank was started
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from gdpo_megatron.doctor import run_doctor
+
+    return run_doctor(options.check)
 
 
 def _run_job(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -50,6 +50,9 @@ class Sandbox:
         SandboxUnavailable: this machine cannot have the configured isolation.
     """
 
+    isolation: Isolation
+    """The mode in use."""
+
     def __init__(self, config: SandboxConfig, *, num_workers: int = 1):
         self.config = config
         self.limits = Limits.of(config)
@@ -206,7 +209,8 @@ class Sandbox:
         """The first mode that this machine supports, by its probe."""
         mode = self.config.mode
         problems: list[str] = []
-        for isolation in _AUTO if mode == "auto" else (mode,):
+        candidates: tuple[Isolation, ...] = _AUTO if mode == "auto" else (mode,)
+        for isolation in candidates:
             try:
                 return isolation, self._start(isolation)
             except SandboxUnavailable as error:
@@ -284,8 +288,8 @@ def _shout() -> None:
     line = "!" * 78
     print(
         f"{line}\nsandbox.mode is unsafe: programs that the model wrote run WITHOUT isolation,\n"
-        f"with the rights of this process's user, or of nobody where that is root. They can read, change and stop anything here.\n"
-        f"{line}",
+        f"with the rights of this process's user (root: of nobody). They can read, change and\n"
+        f"stop whatever that user can.\n{line}",
         file=sys.stderr,
         flush=True,
     )
