@@ -8,7 +8,7 @@ their files), and Megatron is not imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
@@ -23,9 +23,11 @@ from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.errors import InputError, did_you_mean
+from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
 from gdpo_megatron.run_folder import CONFIG_FILE
+from gdpo_megatron.sandbox import Sandbox, SandboxUnavailable, configure, is_sandbox_user
 
 Check = Callable[[], "list[str] | None"]
 
@@ -96,7 +98,11 @@ def _checks(
     if arch is not None:
         found = arch
         yield lambda: _engine(config, found, world_size)
+    configure(config.sandbox)  # answers are checked by its rules
     yield load_rewards
+    if suite is not None:
+        rewards = suite.rewards
+        yield lambda: _sandbox(config, rewards)
     yield lambda: _run(config, job)
     if job == "train":
         yield lambda: _estimator(config, base_dir)
@@ -263,6 +269,18 @@ def _run(config: RLConfig, job: str) -> list[str]:
         num_minibatches_per_step=train.num_minibatches_per_step,
     )
     return problems
+
+
+def _sandbox(config: RLConfig, rewards: Sequence[ResolvedReward]) -> list[str]:
+    users = [reward.name for reward in rewards if is_sandbox_user(reward.fn.function)]
+    if not users:
+        return []
+    try:
+        Sandbox(config.sandbox).close()
+    except SandboxUnavailable as error:
+        who = f"rewards {', '.join(users)} run programs of the model"
+        return [f"{who}: {problem}" for problem in error.problems]
+    return []
 
 
 def _estimator(config: RLConfig, base_dir: Path) -> None:
