@@ -26,7 +26,7 @@ PACKAGE = "gdpo_megatron"
 # A module may import its own level and lower ones. Top-level modules that are not listed (the
 # trainer, the CLI) are above all of them; a new package below them gets a line here.
 LEVELS = (
-    ("errors", "types", "registry", "config", "observability", "__init__"),
+    ("errors", "types", "registry", "config", "observability", "sandbox", "__init__"),
     ("algorithms", "rewards", "data", "platform"),
     ("distributed",),
     ("policy", "rollout", "conversion"),
@@ -36,7 +36,17 @@ LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 TOP = len(LEVELS)
 
 # These know neither ranks nor models: they can be read, tested and reused alone.
-PURE = ("algorithms", "rewards", "data", "types", "config", "registry", "observability", "errors")
+PURE = (
+    "algorithms",
+    "rewards",
+    "data",
+    "types",
+    "config",
+    "registry",
+    "observability",
+    "errors",
+    "sandbox",
+)
 
 # The two sides of weight_sync, which alone knows both.
 STRANGERS = (("policy", "rollout"), ("rollout", "policy"))
