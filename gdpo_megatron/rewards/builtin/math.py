@@ -37,7 +37,8 @@ from gdpo_megatron.rewards.builtin.math_verifier import (
 OnTimeout: TypeAlias = Literal["zero", "missing"]
 
 MAX_TAIL_CHARS = 4_000
-DEFAULT_TIMEOUT = 5.0
+# Two tries and the start of a worker fit into reward_suite.sample_timeout_seconds.
+DEFAULT_TIMEOUT = 3.0
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 _ANSWER_BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)

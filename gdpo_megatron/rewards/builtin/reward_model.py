@@ -76,8 +76,8 @@ async def reward_model(
     samples: Sequence[RewardSample],
     url: Url,
     api_key_env: KeyVariable | None = None,
-    timeout: PositiveFloat = 60.0,
-    request_timeout: PositiveFloat = 30.0,
+    timeout: PositiveFloat = 30.0,
+    request_timeout: PositiveFloat = 15.0,
     num_retries: Retries = 3,
 ) -> list[RewardResult]:
     """Scores of a group from a server that takes plain JSON; see the module.
@@ -113,8 +113,8 @@ async def reward_model_score(
     url: Url,
     model: str,
     api_key_env: KeyVariable | None = None,
-    timeout: PositiveFloat = 60.0,
-    request_timeout: PositiveFloat = 30.0,
+    timeout: PositiveFloat = 30.0,
+    request_timeout: PositiveFloat = 15.0,
     num_retries: Retries = 3,
 ) -> list[RewardResult]:
     """Scores of a group from vLLM's `/score`, prompt against completion.
@@ -158,8 +158,8 @@ async def reward_model_chat(
     temperature: NonNegativeFloat = 0.0,
     max_concurrent: PositiveInt = 8,
     api_key_env: KeyVariable | None = None,
-    timeout: PositiveFloat = 60.0,
-    request_timeout: PositiveFloat = 30.0,
+    timeout: PositiveFloat = 30.0,
+    request_timeout: PositiveFloat = 15.0,
     num_retries: Retries = 3,
 ) -> list[RewardResult]:
     """Scores of a group from a judge behind an OpenAI-compatible API, one request per sample.
