@@ -34,7 +34,7 @@ from gdpo_megatron.rewards.pipes import Inbox, Lines, Outbox
 from gdpo_megatron.rewards.plan import Plan
 from gdpo_megatron.rewards.process import WorkerProcess, adopt_orphans, kill_orphans
 from gdpo_megatron.rewards.wire import encode_result, line
-from gdpo_megatron.rewards.worker import timeout_verdict
+from gdpo_megatron.rewards.worker import RunningJob, timeout_verdict
 
 START_SECONDS = 120.0
 """For a worker to find its rewards; some import a lot."""
@@ -195,6 +195,8 @@ class Pool:
 
     def _message(self, worker: WorkerProcess, text: bytes) -> None:
         """A line of a worker."""
+        if not worker.trusted:
+            return
         try:
             message = json.loads(text)
             if "ready" in message:
@@ -204,7 +206,7 @@ class Pool:
             else:
                 self._answered(worker, message, text)
         except (ValueError, KeyError, TypeError):
-            # A reward has written to the pipe; nothing that comes from there can be trusted.
+            worker.trusted = False  # a reward has written to the pipe: whose answers are these?
             self._end_worker(worker, set(), Invalid("wrote to the suite's pipe"))
             return
         self._give_jobs(worker.lane)
@@ -251,6 +253,7 @@ class Pool:
     def _end_worker(self, worker: WorkerProcess, culprits: set[int], verdict: Invalid) -> None:
         """Kill a worker; the calls of `culprits` get the verdict, other jobs go on elsewhere."""
         self._verdicts[worker] = (culprits, verdict)
+        self._counts["restarts"] += 1
         worker.kill()
 
     def _ended(self, worker: WorkerProcess) -> None:
@@ -264,7 +267,8 @@ class Pool:
         if not worker.ready:
             self._fail(f"a reward worker {how} before it was ready; it wrote:\n{worker.last_words}")
             return
-        self._counts["recycled" if worker.worn and not jobs else "restarts"] += 1
+        if verdict is None:
+            self._counts["recycled" if worker.worn and not jobs else "restarts"] += 1
         for job in reversed(jobs.values()):
             if job.number in culprits and verdict is not None:
                 self._settle(job, verdict)
@@ -318,7 +322,7 @@ class Pool:
             job.number for job in jobs.values() if now - job.since > limit * job.num_samples + grace
         }
         if overdue:
-            inside = worker.running.get() if is_async else 0
+            inside = worker.running.get() if is_async else RunningJob.NONE
             longest = max(limit * jobs[number].num_samples for number in overdue)
             verdict = timeout_verdict(longest)
             if inside in jobs:

@@ -59,8 +59,8 @@ class WorkerProcess:
         on_output: Callable[[bytes], None],
     ):
         self.lane = lane
-        self.ready = self.ended = False
-        self.worn = False
+        self.ready = self.worn = self.ended = False
+        self.trusted = True
         self.num_done = 0
         self.running = RunningJob()
         self.started = time.monotonic()

@@ -37,10 +37,13 @@ def timeout_verdict(seconds: float) -> Invalid:
 
 
 class RunningJob:
-    """Id of the job whose code an event loop is in, 0 for none; shared by worker and pool."""
+    """Id of the job whose code an event loop is in; shared by worker and pool."""
+
+    NONE = -1
 
     def __init__(self):
         self._memory = mmap.mmap(-1, 8)  # anonymous and shared: a fork on either side sees it
+        self.set(self.NONE)
 
     def get(self) -> int:
         """The id."""
@@ -182,7 +185,7 @@ class _Noted:
             except StopIteration as done:
                 return done.value
             finally:
-                self._running.set(0)
+                self._running.set(RunningJob.NONE)
             try:
                 step, argument = inner.send, (yield wanted)
             except GeneratorExit:

@@ -342,3 +342,19 @@ def heavy_modules(sample: RewardSample) -> float:
 
 def threads(sample: RewardSample) -> float:
     return float(len(list(Path("/proc/self/task").iterdir())))
+
+
+def sandbox_memory(sample: RewardSample) -> float:
+    from gdpo_megatron.sandbox import shared_config
+
+    return float(shared_config().memory_mb)
+
+
+def own_pid(sample: RewardSample) -> float:
+    return float(os.getpid())
+
+
+@register_reward("test_sleeps_batch", batch=True)
+def sleeps_batch(samples: Sequence[RewardSample]) -> list[float]:
+    time.sleep(float(samples[0].completion))
+    return [1.0] * len(samples)
