@@ -7,7 +7,11 @@ import inspect
 import re
 from pathlib import Path
 
-from gdpo_megatron.rewards import REWARDS
+import yaml
+from pydantic import TypeAdapter
+
+from gdpo_megatron.config.schema import RewardConfig
+from gdpo_megatron.rewards import REWARDS, resolve_rewards
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "rewards_builtin.md"
 BUILTIN = "gdpo_megatron.rewards.builtin"
@@ -51,6 +55,15 @@ def test_functions_exist_and_take_what_the_table_says():
             if parameter.default is inspect.Parameter.empty
         ]
         assert parameters.split(", ") == required, name
+
+
+def test_examples_resolve():
+    blocks = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        resolve_rewards(
+            TypeAdapter(list[RewardConfig]).validate_python(yaml.safe_load(block)["rewards"])
+        )
 
 
 def _yaml(value: object) -> str:
