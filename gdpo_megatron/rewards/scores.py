@@ -107,6 +107,7 @@ def build_scores(
                 reasons[sample_id, name] = result.value
                 num_not_applicable[name] += 1
 
+    counts = {name: dict(of_reasons) for name, of_reasons in num_invalid.items()}
     values = _as_tensor(gated, len(names))
     return RewardScores(
         names=names,
@@ -118,10 +119,10 @@ def build_scores(
             [[result is NOT_APPLICABLE for result in row] for row in gated], dtype=torch.bool
         ).reshape(-1, len(names)),
         reasons=reasons,
-        num_invalid=num_invalid,
+        num_invalid=counts,
         num_not_applicable=num_not_applicable,
         tracebacks=tracebacks,
-        report=replace(report or RewardReport(), num_invalid=num_invalid, tracebacks=tracebacks),
+        report=replace(report or RewardReport(), num_invalid=counts, tracebacks=tracebacks),
     )
 
 

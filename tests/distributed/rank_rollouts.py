@@ -73,7 +73,7 @@ def _replicas(rank: int) -> list[dict[str, Any]]:
         engine = ScriptedEngine(answers, {}, max_sequence_length=16)
         engine.load_weights([], 1)
         rewards = [RewardConfig(name="short", type="length", args={"limit": 2})]
-        with RewardSuite(rewards, group_size=2, num_workers=1) as suite:
+        with RewardSuite(rewards, group_size=2) as suite:
             batch = run_rollouts(
                 prompts,
                 group_size=2,

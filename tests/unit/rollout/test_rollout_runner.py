@@ -6,9 +6,10 @@ tests/distributed.
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from support.engines import ONE_RANK, ScriptedEngine, greedy
 
 from gdpo_megatron.config.schema import RewardConfig, RolloutConfig
 from gdpo_megatron.platform import detect_platform
-from gdpo_megatron.rewards import NOT_APPLICABLE, REWARDS, RewardSample
+from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import FinishedCompletion, noise_key
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
@@ -50,35 +51,20 @@ def engine() -> ScriptedEngine:
 
 
 @pytest.fixture
-def make_suite(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RewardSuite]]:
-    """A suite of functions, registered for the time of the test."""
-    monkeypatch.setattr(REWARDS, "_entries", dict(REWARDS._entries))
+def make_suite() -> Iterator[Callable[..., RewardSuite]]:
+    """A suite of functions of runner_rewards.py, by name and with their arguments."""
     suites: list[RewardSuite] = []
 
-    def make(*functions: Callable[[RewardSample], object]) -> RewardSuite:
-        for function in functions:
-            REWARDS.add(function.__name__, function)
-        configs = [RewardConfig(name=f.__name__, type=f.__name__) for f in functions]
-        suites.append(RewardSuite(configs, group_size=G, num_workers=2))
+    def make(*names: str, **args: object) -> RewardSuite:
+        configs = [
+            RewardConfig(name=name, type=f"./runner_rewards.py:{name}", args=args) for name in names
+        ]
+        suites.append(RewardSuite(configs, group_size=G, base_dir=Path(__file__).parent))
         return suites[-1]
 
     yield make
     for suite in suites:
         suite.close()
-
-
-def tokens(sample: RewardSample) -> float:
-    return float(sample.num_tokens)
-
-
-def only_with_answer(sample: RewardSample) -> object:
-    return NOT_APPLICABLE if sample.answer is None else float(sample.answer == "yes")
-
-
-def raises_for_c(sample: RewardSample) -> float:
-    if sample.prompt == "C":
-        raise KeyError("no such thing")
-    return 2.0
 
 
 def run(engine: ScriptedEngine, suite: RewardSuite, **options: object) -> RolloutBatch:
@@ -99,7 +85,7 @@ def run(engine: ScriptedEngine, suite: RewardSuite, **options: object) -> Rollou
 def test_samples_are_numbered_by_group_and_gathered_by_number(
     alone: None, engine: ScriptedEngine, make_suite: Callable[..., RewardSuite]
 ):
-    batch = run(engine, make_suite(tokens, only_with_answer, raises_for_c))
+    batch = run(engine, make_suite("tokens", "only_with_answer", "raises_for_c"))
     assert list(batch.rollouts) != sorted(batch.rollouts), "the script finishes them out of order"
     for sample, rollout in batch.rollouts.items():
         assert rollout.sample_id == sample and rollout.group_id == sample // G
@@ -133,7 +119,7 @@ def test_samples_are_numbered_by_group_and_gathered_by_number(
 def test_noise_keys_name_the_completion(
     alone: None, engine: ScriptedEngine, make_suite: Callable[..., RewardSuite]
 ):
-    suite = make_suite(tokens)
+    suite = make_suite("tokens")
     run(engine, suite)
     assert [r.noise_key for r in engine.requests] == [
         noise_key(11, "train", 3, prompt, sample) for prompt in range(3) for sample in range(G)
@@ -146,33 +132,49 @@ def test_noise_keys_name_the_completion(
 
 
 def test_rewards_start_while_generation_goes_on(
-    alone: None, engine: ScriptedEngine, make_suite: Callable[..., RewardSuite]
+    alone: None, engine: ScriptedEngine, make_suite: Callable[..., RewardSuite], tmp_path: Path
 ):
     """The engine's last completions wait for the reward of the first."""
-    scored, told = threading.Event(), list[tuple[int, int]]()
+    scored, told = tmp_path / "scored", list[tuple[int, int]]()
     waited: list[bool] = []
-
-    def marks(sample: RewardSample) -> float:
-        scored.set()
-        return 1.0
-
     poll = engine.poll
 
     def slow_poll() -> list[FinishedCompletion]:
         if told:
-            waited.append(scored.wait(timeout=30))
+            end = time.monotonic() + 30
+            while not scored.exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            waited.append(scored.exists())
         return poll()
 
     engine.poll = slow_poll
     generated: list[int] = []
-    run(
+    batch = run(
         engine,
-        make_suite(marks),
+        make_suite("marks", path=str(scored)),
         on_progress=lambda done, total: told.append((done, total)),
         on_generated=lambda: generated.append(len(told)),
     )
     assert waited and all(waited)
     assert told == [(n, 6) for n in range(1, 7)] and generated == [6]
+    assert batch.report.wait_seconds > 0 and batch.report.seconds["marks"] > 0
+
+
+def test_faults_are_reported_and_a_broken_reward_is_told(
+    alone: None, engine: ScriptedEngine, make_suite: Callable[..., RewardSuite]
+):
+    batch = run(engine, make_suite("tokens", "raises_for_c"))
+    assert batch.report.num_invalid == {"tokens": {}, "raises_for_c": {"raised KeyError": 2}}
+    batch.check_invalid(0.25)  # 2 of 6, which count as 8
+    with pytest.raises(TooManyInvalid) as error:
+        batch.check_invalid(0.24)
+    first, trace = error.value.problems
+    assert first == (
+        "reward 'raises_for_c': 2 of 6 rows are invalid, more than "
+        "reward_suite.max_invalid_fraction 0.24 allows: raised KeyError (2)"
+    )
+    assert trace.startswith("reward 'raises_for_c', first traceback:\n")
+    assert "no such thing" in trace
 
 
 @pytest.mark.parametrize("fault", ["version", "nan", "inf"])
@@ -195,7 +197,7 @@ def test_completions_that_the_update_cannot_use_end_the_step(
     engine.poll = bad_poll
     message = "policy version 4, not 5" if fault == "version" else "log-probs that are not finite"
     with pytest.raises(RuntimeError, match=message):
-        run(engine, make_suite(tokens))
+        run(engine, make_suite("tokens"))
 
 
 def test_null_stop_tokens_are_the_models_and_an_empty_list_is_none():
