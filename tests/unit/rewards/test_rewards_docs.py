@@ -39,7 +39,7 @@ def files(tmp_path: Path, registry_restored: None) -> Path:
 
 def score(rewards: list[RewardConfig], files: Path, rows: list[tuple[str, str | None, str, int]]):
     """Rows are (completion, answer, task, num_tokens), all of one group."""
-    with RewardSuite(rewards, group_size=len(rows), num_workers=2, base_dir=files) as suite:
+    with RewardSuite(rewards, group_size=len(rows), base_dir=files) as suite:
         for sample_id, (text, answer, task, num_tokens) in enumerate(rows):
             prompt = Prompt(
                 prompt_id="p", token_ids=(1,), text="Q", answer=answer, metadata={"task": task}
@@ -90,3 +90,9 @@ def test_batch_and_stateful_example(files: Path):
     scores = score(documented("./group_rewards.py:rank_by_length"), files, rows)
     assert scores.values[:, 0].tolist() == [0.0, 1.0, 0.5, 0.0]
     assert scores.values[:, 1].tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+def test_state_example(files: Path):
+    rows = [("once", None, "", 1), ("twice", None, "", 1), ("once", None, "", 1)]
+    scores = score(documented("./first_rewards.py:first"), files, rows)
+    assert scores.values[:, 0].tolist() == [1.0, 1.0, 0.0]
