@@ -1,4 +1,4 @@
-"""The command line: `gdpo-megatron train|sft|eval CONFIG [--section.key value ...]`, `generate`.
+"""The command line: `gdpo-megatron train|sft|eval CONFIG [--section.key value ...]`, and others.
 
 The launcher reads and validates everything, then starts the ranks. What is the user's to mend is
 printed one line per problem, exit code 2, and nothing has been written. Exit code 130 means
@@ -14,7 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gdpo_megatron import __version__
+from gdpo_megatron import __version__, checkpoint_cli
+from gdpo_megatron.checkpoint_cli import positive
 from gdpo_megatron.config.help import describe
 from gdpo_megatron.config.loader import load_config
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
@@ -25,6 +26,18 @@ _JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], str]] = {
     "train": (RLConfig, "train with GDPO, or another estimator"),
     "sft": (SFTConfig, "supervised fine-tuning"),
     "eval": (RLConfig, "rewards of a model on held-out prompts"),
+}
+_CHECKPOINT_COMMANDS = {
+    "convert": (
+        checkpoint_cli.CONVERT_SUMMARY,
+        checkpoint_cli.add_convert,
+        checkpoint_cli.run_convert,
+    ),
+    "verify": (
+        checkpoint_cli.VERIFY_SUMMARY,
+        checkpoint_cli.add_verify,
+        checkpoint_cli.run_verify,
+    ),
 }
 
 
@@ -55,12 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--help", "-h", action="store_true", help="this, and every config key")
         command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
-        command.add_argument("--nproc", type=_positive, default=1, help="ranks on this node (1)")
-        command.add_argument("--nnodes", type=_positive, default=1, help="nodes (1)")
+        command.add_argument("--nproc", type=positive, default=1, help="ranks on this node (1)")
+        command.add_argument("--nnodes", type=positive, default=1, help="nodes (1)")
         command.add_argument("--node-rank", type=int, help="number of this node, from 0")
         command.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of the first node")
     _add_generate(commands)
     _add_doctor(commands)
+    for name, (summary, add, _) in _CHECKPOINT_COMMANDS.items():
+        description = f"{summary[0].upper()}{summary[1:]}."
+        add(commands.add_parser(name, help=summary, description=description, allow_abbrev=False))
     return parser
 
 
@@ -68,21 +84,15 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command = commands.add_parser(
         "generate", help="text from a model", description="Complete prompts with a model."
     )
-    command.add_argument("model", help="Hugging Face model folder, e.g. RUN_DIR/hf")
+    command.add_argument("model", help="model folder: RUN_DIR/hf, RUN_DIR/checkpoints/step_N ...")
     command.add_argument("--prompt", action="append", required=True, help="may be repeated")
     command.add_argument("--tokenizer", help="tokenizer folder or .model file (of the model)")
-    command.add_argument("--max-completion-tokens", type=_positive, default=128)
+    command.add_argument("--max-completion-tokens", type=positive, default=128)
     command.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     command.add_argument("--top-p", type=float, default=1.0)
     command.add_argument("--top-k", type=int, default=0)
     command.add_argument("--stop", action="append", default=[], help="string that ends; repeatable")
     command.add_argument("--seed", type=int, default=0)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no positive integer")
-    return int(text)
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -99,15 +109,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     try:
-        if options.command == "doctor":
-            if rest:
-                parser.error(f"unknown arguments: {' '.join(rest)}")
-            sys.exit(_doctor(options))
+        if options.command in _JOBS:
+            sys.exit(_run_job(options, rest))
+        if rest:
+            parser.error(f"unknown arguments: {' '.join(rest)}")
         if options.command == "generate":
-            if rest:
-                parser.error(f"unknown arguments: {' '.join(rest)}")
             sys.exit(_generate(options))
-        sys.exit(_run_job(options, rest))
+        if options.command == "doctor":
+            sys.exit(_doctor(options))
+        sys.exit(_CHECKPOINT_COMMANDS[options.command][2](options))
     except InputError as error:
         for problem in error.problems:
             print(f"gdpo-megatron: {problem}", file=sys.stderr)

@@ -10,15 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.checks import DTYPES, dtype_name
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_writer import SHARD_BYTES, audit_hf, write_hf_weights
-from gdpo_megatron.conversion.megatron_io import MegatronCheckpoint, write_megatron_weights
+from gdpo_megatron.conversion.hf_writer import (
+    SHARD_BYTES,
+    audit_hf,
+    plan_shards,
+    write_hf_weights,
+)
+from gdpo_megatron.conversion.mapping import hf_shapes
+from gdpo_megatron.conversion.megatron_io import (
+    MegatronCheckpoint,
+    plan_files,
+    write_megatron_weights,
+)
 from gdpo_megatron.conversion.megatron_keys import num_parameters
 from gdpo_megatron.conversion.model_folder import (
     HF_FILES,
@@ -37,17 +47,26 @@ Format = Literal["hf", "megatron"]
 _BESIDE_WEIGHTS = 32 * 2**20
 
 
-class Progress:
-    """What a conversion tells while it runs; this one keeps silent."""
+class Progress(Protocol):
+    """What is told how far a conversion is."""
 
-    def begin(self, num_bytes: int) -> None:
-        """Bytes of weights that there are in all."""
+    def begin(self, num_bytes: int, num_files: int) -> None:
+        """Bytes of weights that there are in all, and files of them."""
+        ...
 
     def advance(self, file: str, num_bytes: int) -> None:
         """Bytes of weights that have been written to a file, or were there from before."""
+        ...
 
     def message(self, text: str) -> None:
         """Something that a person should know."""
+        ...
+
+
+class _Silent:
+    def begin(self, num_bytes: int, num_files: int) -> None: ...
+    def advance(self, file: str, num_bytes: int) -> None: ...
+    def message(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +113,7 @@ def convert(
     Raises:
         InputError: the source is damaged or unknown, the target exists, or there is no space.
     """
-    progress = progress or Progress()
+    progress = progress or _Silent()
     source, target = source.absolute(), target.absolute()
     check_target(target, overwrite=overwrite)
     _check_apart(source, target)
@@ -114,8 +133,9 @@ def convert(
         for text in out.messages:
             progress.message(text)
         out.require_space(num_bytes + _BESIDE_WEIGHTS)
-        progress.begin(num_bytes)
-        _WRITERS[to](out, checkpoint, arch, files, out_dtype, shard_bytes, progress.advance)
+        num_files, write = _WRITERS[to]
+        progress.begin(num_bytes, num_files(arch, out_dtype, shard_bytes))
+        write(out, checkpoint, arch, files, out_dtype, shard_bytes, progress.advance)
         non_finite = out.collected("non_finite")
         for name, count in non_finite.items():
             progress.message(f"warning: {name}: {count:,} values are not finite")
@@ -163,7 +183,10 @@ def _write_megatron(
     MegatronCheckpoint(out.path, arch)  # audits what is on the disk
 
 
-_WRITERS = {"hf": _write_hf, "megatron": _write_megatron}
+_WRITERS = {
+    "hf": (lambda arch, dtype, size: len(plan_shards(hf_shapes(arch), dtype, size)), _write_hf),
+    "megatron": (lambda arch, dtype, size: len(plan_files(arch, dtype, size)), _write_megatron),
+}
 
 
 def _output_dtype(checkpoint: Checkpoint, name: str | None) -> torch.dtype:

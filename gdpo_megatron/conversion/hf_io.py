@@ -46,7 +46,7 @@ _DTYPES = {
 
 
 def _dtype(name: str) -> torch.dtype | str:
-    """torch's dtype of a name in a safetensors header; the name where torch has none."""
+    """Torch's dtype of a name in a safetensors header; the name where torch has none."""
     return _DTYPES.get(name, name)
 
 

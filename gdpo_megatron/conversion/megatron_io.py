@@ -191,7 +191,8 @@ class MegatronCheckpoint:
             for key in self._tensors
             if key.startswith(_MODEL_KEYS) and key not in used
         ]
-        problems += self._damage(used & set(self._tensors))
+        if not problems:
+            problems += self._damage(used & set(self._tensors))
         refuse(list(dict.fromkeys(problems)), self.folder)
 
     def _shape_problems(self, stored: StoredRow, places: tuple[Place, ...]) -> Iterator[str]:

@@ -29,8 +29,9 @@ HF_FILES = "hf"
 """Folder within a Megatron checkpoint for the model's config.json, tokenizer and so on."""
 
 _CONFIG = "config.json"
-_CARRIED = ("generation_config.json",)
+_GENERATION = "generation_config.json"
 _TEMPLATES = "additional_chat_templates"
+_TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 class Checkpoint(Protocol):
@@ -96,10 +97,10 @@ def uniform_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Carry over everything of a Hugging Face folder but the weights.
+    """Carry over everything of a Hugging Face folder but the weights and the model card.
 
     Args:
-        source: with config.json, generation config, tokenizer and chat template.
+        source: with config.json, generation config, tokenizer, chat template, licence.
         target: exists.
         dtype: of the weights that go with it.
     """
@@ -107,6 +108,8 @@ def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    for path in (path for pattern in _TERMS for path in sorted(source.glob(pattern))):
+        shutil.copyfile(path, target / path.name)
     if (source / _TEMPLATES).is_dir():
         shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)
 
@@ -120,6 +123,5 @@ def copy_model_config(source: Path, target: Path, dtype: torch.dtype) -> None:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype_name(dtype)
         (target / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for name in _CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    if (source / _GENERATION).is_file():
+        shutil.copyfile(source / _GENERATION, target / _GENERATION)

@@ -24,12 +24,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from gdpo_megatron.conversion.architecture import read_json
 from gdpo_megatron.errors import InputError
 
 MANIFEST = "manifest.json"
 FORMAT = "gdpo-megatron checkpoint 1"
 
 _JOURNAL = ".journal"
+_LOCK = ".lock"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _BLOCK = 2**22
 # A folder that holds none of these is not a model that --overwrite may replace.
@@ -126,16 +128,23 @@ class OutputFolder:
         check_target(target, overwrite=overwrite)
 
     def __enter__(self) -> OutputFolder:
-        with self._no_space_is_input():
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._journal = (self.path / _JOURNAL).open("a+")
         try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / _LOCK).open("w")
         except OSError as error:
-            self._journal.close()
+            self._discard_if_useless()
+            raise self._cannot_write(error) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
             raise InputError(f"{self.path}: another process is writing it") from error
-        with self._no_space_is_input():
+        try:
             self._resume()
+        except OSError as error:
+            self._discard_if_useless()
+            self._lock.close()
+            raise self._cannot_write(error) from error
         return self
 
     def __exit__(
@@ -144,13 +153,19 @@ class OutputFolder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._journal.close()
         # What was refused would be refused again; what was interrupted can go on.
-        refused = isinstance(error, InputError) and not isinstance(error, NoSpaceError)
-        if not self._published and (refused or not self._finished or self._resume_key is None):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, InputError) and not isinstance(error, NoSpaceError):
+            self._finished = {}
+        if not self._published:
+            self._discard_if_useless()
+        self._journal.close()
+        self._lock.close()
         if error is not None and (cause := no_space(error)) is not None:
             raise self._out_of_space() from cause
+
+    def _discard_if_useless(self) -> None:
+        if not self._finished or self._resume_key is None:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     # ---- files -----------------------------------------------------------------------------------
 
@@ -179,8 +194,9 @@ class OutputFolder:
             if stream.error is not None and error is not stream.error:
                 raise stream.error from error
             raise
-        self._finished[name] = {**stream.record(), **extra}
-        self._write_journal({"file": name, **self._finished[name]})
+        record = {**stream.record(), **extra}
+        self._write_journal({"file": name, **record})
+        self._finished[name] = record
 
     def require_space(self, num_bytes: int) -> None:
         """Refuse to begin what cannot end.
@@ -194,8 +210,6 @@ class OutputFolder:
         needed = num_bytes - sum(record["size"] for record in self._finished.values())
         free = shutil.disk_usage(self.path).free
         if needed > free:
-            if not self._finished:
-                shutil.rmtree(self.path, ignore_errors=True)
             raise NoSpaceError(
                 f"{self.target}: needs {needed:,} more bytes, {free:,} are free on its disk"
             )
@@ -209,7 +223,8 @@ class OutputFolder:
         Returns:
             The manifest.
         """
-        (self.path / _JOURNAL).unlink()
+        for name in (_JOURNAL, _LOCK):
+            (self.path / name).unlink()
         files = {}
         for path in sorted(p for p in self.path.rglob("*") if p.is_file()):
             name = path.relative_to(self.path).as_posix()
@@ -237,8 +252,8 @@ class OutputFolder:
 
     def _resume(self) -> None:
         """Keep the finished files of an earlier attempt at the same; clear everything else."""
-        self._journal.seek(0)
-        lines = [_parsed(line) for line in self._journal]
+        path = self.path / _JOURNAL
+        lines = [_parsed(line) for line in path.open()] if path.is_file() else []
         key = json.loads(json.dumps(self._resume_key))
         if lines and lines[0] == {"key": key} and key is not None:
             for record in filter(None, lines[1:]):
@@ -250,16 +265,17 @@ class OutputFolder:
             self.messages.append(
                 f"starting over: {self.path} was begun from another source or with other options"
             )
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != _JOURNAL and path.name not in self._finished:
-                path.unlink()
-        self._journal.seek(0)
-        self._journal.truncate()
-        self._write_journal({"key": key})
-        for name, record in self._finished.items():
-            self._write_journal({"file": name, **record})
+        for found in self.path.iterdir():
+            if found.is_dir():
+                shutil.rmtree(found)
+            elif found.name not in (_JOURNAL, _LOCK, *self._finished):
+                found.unlink()
+        # The old journal stands until the new one does: the disk may still be full.
+        records = [{"file": name, **record} for name, record in self._finished.items()]
+        new = path.with_name(f"{_JOURNAL}.new")
+        new.write_text("".join(json.dumps(record) + "\n" for record in ({"key": key}, *records)))
+        new.replace(path)
+        self._journal = path.open("a")
 
     def _write_journal(self, record: dict[str, Any]) -> None:
         self._journal.write(json.dumps(record) + "\n")
@@ -268,14 +284,10 @@ class OutputFolder:
 
     # ---- no space --------------------------------------------------------------------------------
 
-    @contextmanager
-    def _no_space_is_input(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _NO_SPACE:
-                raise self._out_of_space() from error
-            raise InputError(f"{self.target}: cannot be written: {error}") from error
+    def _cannot_write(self, error: OSError) -> InputError:
+        if error.errno in _NO_SPACE:
+            return self._out_of_space()
+        return InputError(f"{self.target}: cannot be written: {error}")
 
     def _out_of_space(self) -> NoSpaceError:
         text = f"{self.target}: no space left on its disk"
@@ -325,6 +337,31 @@ def checksum(path: Path) -> dict[str, Any]:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"size": path.stat().st_size, "sha256": digest}
+
+
+def manifest_problems(folder: Path) -> list[str] | None:
+    """What a folder's files have become since its manifest was written; None without one.
+
+    Files that the manifest does not name are told as well: a loader may pick them up.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return [f"{MANIFEST} is not of the kind '{FORMAT}'"]
+    problems: list[str] = []
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != expected["size"]:
+            problems.append(f"{name} has {file.stat().st_size:,} bytes, not {expected['size']:,}")
+        elif checksum(file)["sha256"] != expected["sha256"]:
+            problems.append(f"{name} has another content than when it was written")
+    held = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    known = {*manifest["files"], MANIFEST}
+    return problems + [f"{name} is not in {MANIFEST}" for name in sorted(held) if name not in known]
 
 
 def _holds(path: Path, record: Mapping[str, Any]) -> bool:

@@ -45,6 +45,9 @@ class ProgressState:
 
     title: str
     total_steps: int
+    unit: str
+    """What a step is called, e.g. "step" or "file"."""
+
     step: int
     """Steps done, those of earlier attempts included."""
 
@@ -88,6 +91,7 @@ class ProgressDisplay:
         total_steps: steps of the whole run.
         start_step: steps that earlier attempts have done.
         title: what runs.
+        unit: what a step is called.
         enabled: False on all ranks but one: then nothing is ever shown.
         console: where to; default standard output.
         clock: seconds that never go back.
@@ -99,6 +103,7 @@ class ProgressDisplay:
         start_step: int = 0,
         title: str = "",
         *,
+        unit: str = "step",
         enabled: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -107,9 +112,13 @@ class ProgressDisplay:
         self._console = console or Console(force_terminal=sys.stdout.isatty())
         self._enabled = enabled
         self._clock = clock
-        self._state = ProgressState(title, total_steps, start_step, started=clock())
+        self._state = ProgressState(title, total_steps, unit, start_step, started=clock())
         self._active = False
         self._live: Live | None = None
+
+    def set_total(self, total_steps: int) -> None:
+        """Say how many steps there are, where that was not known at the beginning."""
+        self._state.total_steps = total_steps
 
     def phase(self, name: str) -> None:
         """Say what the run does from now on, e.g. "rollout"."""
@@ -179,11 +188,11 @@ def plain_line(state: ProgressState, summary: Mapping[str, float]) -> str:
     """What a step that has just ended says where nothing can be redrawn."""
     digits = len(str(state.total_steps))
     parts = [state.title] if state.title else []
-    parts.append(f"step {state.step:>{digits}}/{state.total_steps}")
+    parts.append(f"{state.unit} {state.step:>{digits}}/{state.total_steps}")
     parts += [f"{label} {format_number(value)}" for label, value in summary.items()]
     pace, left = state.seconds_per_step(), state.seconds_left(state.step_ends[-1])
     if pace is not None and left is not None:
-        parts += [f"{format_number(pace)} s/step", f"{format_duration(left)} left"]
+        parts += [f"{format_number(pace)} s/{state.unit}", f"{format_duration(left)} left"]
     return "  ".join(parts)
 
 
@@ -210,7 +219,9 @@ class _Frame:
         grid.add_column(no_wrap=True, justify="right", min_width=24)
         digits = len(str(state.total_steps))
         grid.add_row(
-            Text.assemble(("step ", "bold"), f"{state.step:>{digits}}/{state.total_steps}"),
+            Text.assemble(
+                (f"{state.unit} ", "bold"), f"{state.step:>{digits}}/{state.total_steps}"
+            ),
             _bar(state.step, state.total_steps, "green"),
             self._times(now),
         )
