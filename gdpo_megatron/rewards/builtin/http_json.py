@@ -12,16 +12,19 @@ import json
 import os
 import random
 import re
-import ssl
 from types import TracebackType
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from urllib.parse import urlsplit
 
-import httpx2
 from pydantic import AfterValidator
 
 from gdpo_megatron.rewards.base import count_event
 from gdpo_megatron.rewards.builtin import bounded_json
+
+if TYPE_CHECKING:  # loaded when a server is asked: looking a reward up needs none
+    import ssl
+
+    import httpx2
 
 MAX_REPLY_BYTES = 1_000_000
 
@@ -100,6 +103,8 @@ class JsonServer:
         num_retries: int,
         api_key_env: str | None = None,
     ):
+        import httpx2
+
         self._url = check_url(url)
         self._timeout, self._request_timeout = timeout, request_timeout
         self._num_retries = num_retries
@@ -158,6 +163,8 @@ class JsonServer:
         raise error
 
     async def _post_once(self, content: bytes) -> Any:
+        import httpx2
+
         try:
             async with self._client.stream("POST", self._url, content=content) as response:
                 _check_status(response)
@@ -193,5 +200,7 @@ def _check_status(response: httpx2.Response) -> None:
 
 @functools.cache
 def _tls_context() -> ssl.SSLContext:
+    import httpx2
+
     # Takes longer than a request.
     return httpx2.create_ssl_context(trust_env=False)

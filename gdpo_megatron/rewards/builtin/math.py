@@ -120,12 +120,16 @@ def last_boxed(text: str) -> str | None:
 
 
 def gold_answer(answer: str) -> str:
-    r"""The gold expression in a data set's answer: boxed, after `####`, or all of it; trimmed."""
+    r"""The gold expression in a data set's answer: boxed, after `####`, or all of it; trimmed.
+
+    Raises:
+        ValueError: the answer is a JSON list of strings, but not of one.
+    """
     if answer.startswith('["'):
-        try:
-            (answer,) = json.loads(answer)
-        except ValueError:
-            pass
+        answers = json.loads(answer)
+        if len(answers) != 1:
+            raise ValueError(f"answer is a list of {len(answers)}; one string is expected")
+        answer = answers[0]
     boxed = last_boxed(answer)
     return _trimmed(answer.rsplit("####", 1)[-1] if boxed is None else boxed)
 
@@ -153,7 +157,7 @@ def validate_answer(answer: str) -> None:
 
 
 def _trimmed(text: str) -> str:
-    text = " ".join(text.split()).strip("*").removesuffix(".").strip()
+    text = " ".join(text.split()).removeprefix("**").removesuffix("**").removesuffix(".").strip()
     while len(text) > 2 and text[0] == text[-1] == "$" and not text.endswith(r"\$"):
         text = text[1:-1].strip()
     return text.removesuffix(".")

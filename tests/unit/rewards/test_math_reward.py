@@ -99,6 +99,7 @@ def test_last_boxed(text: str, expected: str | None):
         ("<answer>1 <answer>2</answer>", "2"),
         ("The final answer is: $7$.", "7"),
         ("**Final Answer:** 7", "7"),
+        ("Final Answer:\n**7.**", "7"),
         ("Final answer\n\\frac{1}{2}\nbye", r"\frac{1}{2}"),
         ("thus\n#### 1,600", "1,600"),
         ("The answer is 5.", None),
@@ -348,6 +349,8 @@ def _runs(pid: int) -> bool:
         ("", "holds no expression"),
         (r"so \boxed{ }", "holds no expression"),
         ("x" * 4_001, "has 4001 characters"),
+        ('["1", "2"]', "is a list of 2; one string is expected"),
+        ('["1"', "Expecting"),
         (HOSTILE[0], "cannot be compared with 7/3: timeout"),
     ],
 )
