@@ -7,17 +7,22 @@ their files), and Megatron is not imported.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
 from gdpo_megatron.config import yaml_text
+from gdpo_megatron.config.fields import show
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ParallelConfig, RLConfig, SFTConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_io import HFCheckpoint
+from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
+from gdpo_megatron.conversion.peft_writer import lora_targets
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
@@ -66,12 +71,13 @@ def _checks(
 
     def load_arch() -> None:
         nonlocal arch
-        arch = load_architecture(folder)
+        arch = load_architecture(model_files(folder))
 
     def read_tokenizer() -> None:
         nonlocal tokenizer
         if model.tokenizer_path is not None or folder.is_dir():  # else it is told already
-            path = resolve_path(base_dir, model.tokenizer_path or model.hf_path)
+            own = model.tokenizer_path
+            path = resolve_path(base_dir, own) if own else model_files(folder)
             tokenizer = load_tokenizer(path)
 
     def load_rewards() -> None:
@@ -89,8 +95,12 @@ def _checks(
         yield lambda: _sizes(config, found, tokenizer)
         yield lambda: _stages(found, parallel)
         yield lambda: _experts(job, found, parallel, world_size)
+        if model.lora is not None:
+            targets = model.lora.target_modules
+            yield lambda: _lora_targets(targets, found)
         if model.init == "pretrained":
             yield lambda: _weights(folder, found)
+    yield lambda: _lora(config, base_dir, job)
     yield lambda: _optimizer(config, job)
     if isinstance(config, SFTConfig):
         yield lambda: _sft_data(config, base_dir, tokenizer)
@@ -115,13 +125,20 @@ def _checks(
 
 def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world_size % (tp * pp):
-        return [
+    cp, problems = parallel.context_parallel_size, list[str]()
+    if world_size % (tp * pp * cp):
+        by_context = f" x context_parallel_size {cp}" if cp > 1 else ""
+        problems.append(
             f"{world_size} ranks (--nproc x --nnodes) do not fit "
-            f"parallel.tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}: "
-            f"start a multiple of {tp * pp}"
-        ]
-    return []
+            f"parallel.tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}"
+            f"{by_context}: start a multiple of {tp * pp * cp}"
+        )
+    if parallel.sequence_parallel and tp == 1:
+        problems.append(
+            "parallel.sequence_parallel is true, but there is no tensor parallelism to share "
+            "tokens with; set it to false, or parallel.tensor_model_parallel_size above 1"
+        )
+    return problems
 
 
 def _run_dir(job: str, config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
@@ -170,7 +187,7 @@ def _stages(arch: ModelArchitecture, parallel: ParallelConfig) -> None:
 
 
 def _weights(folder: Path, arch: ModelArchitecture) -> None:
-    HFCheckpoint(folder, arch)
+    open_checkpoint(folder, arch)
 
 
 def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
@@ -189,23 +206,38 @@ def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
 def _experts(
     job: str, arch: ModelArchitecture, parallel: ParallelConfig, world_size: int
 ) -> list[str]:
-    key, size = "parallel.expert_model_parallel_size", parallel.expert_model_parallel_size
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    ep_key, etp_key = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
     if arch.moe is None:
-        return [f"{key} is {size}, but {arch.family} has no experts; set it to 1"] * (size > 1)
+        return [
+            f"{key} is {size}, but {arch.family} has no experts; set it to 1"
+            for key, size in ((ep_key, ep), (etp_key, etp))
+            if size > 1
+        ]
     problems: list[str] = []
-    if arch.moe.num_experts % size:
-        problems.append(f"{key} {size} does not divide the model's {arch.moe.num_experts} experts")
-    if world_size // (tp * pp) % size:
+    if arch.moe.num_experts % ep:
+        problems.append(f"{ep_key} {ep} does not divide the model's {arch.moe.num_experts} experts")
+    if arch.moe.intermediate_size % etp:
         problems.append(
-            f"{key} {size} does not divide the {world_size // (tp * pp)} data-parallel ranks "
-            f"({world_size} ranks / TP {tp} / PP {pp})"
+            f"{etp_key} {etp} does not divide an expert's {arch.moe.intermediate_size} columns"
         )
-    if tp > 1 and job != "eval":
+    if world_size % (pp * ep * etp):
         problems.append(
-            f"parallel.tensor_model_parallel_size is {tp}: a mixture of experts is trained with "
-            "tensor parallelism only under sequence parallelism, which is not supported yet; use "
-            f"{key}"
+            f"{ep_key} {ep} x expert_tensor_parallel_size {etp} x pipeline_model_parallel_size "
+            f"{pp} does not divide {world_size} ranks"
+        )
+    if job == "eval":
+        return problems
+    if tp > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"parallel.sequence_parallel is false: a mixture of experts is trained with "
+            f"tensor_model_parallel_size {tp} only under it; set it to true"
+        )
+    if ep == 1 and etp != tp:
+        problems.append(
+            f"{etp_key} is {etp}, but without expert parallelism Megatron takes experts to be "
+            f"shared as the rest is; set it to {tp}, or set {ep_key}"
         )
     return problems
 

@@ -59,8 +59,17 @@ class ParallelConfig:
     pipeline_model_parallel_size: PositiveInt = 1
     """Pipeline stages (1F1B)."""
 
+    sequence_parallel: bool = False
+    """TP ranks share the tokens between their layers as well: less memory for activations."""
+
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of each row, for long ones."""
+
     expert_model_parallel_size: PositiveInt = 1
     """Ranks that share the experts of a mixture; divides what is data parallel."""
+
+    expert_tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each expert."""
 
     pipeline_model_parallel_layout: str | None = None
     """Layers per stage in Megatron's notation, e.g. "Ettt|ttL" for 3 + 2 layers; null spreads them

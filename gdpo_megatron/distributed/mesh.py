@@ -1,6 +1,7 @@
 """Who works with whom: the trainer's mesh and the rollout engines' mesh over the same ranks.
 
-The trainer's mesh is Megatron's: TP x PP x DP; a mixture's experts are spread over DP ranks (EP).
+The trainer's mesh is Megatron's: TP x CP x DP x PP; a mixture's experts are spread over ranks that
+differ in DP or CP (EP).
 The engines' mesh cuts the same world into replicas of `engine_tp` neighbouring ranks, whatever the
 trainer's layout is; each replica generates a part of the step's prompts. Data crosses between the
 two by sample id (see exchange.py).
@@ -38,9 +39,16 @@ class Mesh:
     dp_rank: int
     dp_size: int
     dp_group: ProcessGroup
+    cp_rank: int
+    cp_size: int
+    cp_group: ProcessGroup
     ep_rank: int
     ep_size: int
     ep_group: ProcessGroup
+    etp_rank: int
+    etp_size: int
+    etp_group: ProcessGroup
+    """Ranks that share each expert."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -48,9 +56,14 @@ class Mesh:
         return self.pp_rank == self.pp_size - 1
 
     def trainer_ranks(self, dp_rank: int) -> list[int]:
-        """Global ranks that train on one data-parallel rank's rows (Megatron's tp-dp-pp order)."""
-        tp, dp = self.tp_size, self.dp_size
-        return [pp * dp * tp + dp_rank * tp + t for pp in range(self.pp_size) for t in range(tp)]
+        """Global ranks that train on one data-parallel rank's rows (order tp-cp-dp-pp)."""
+        replica = self.tp_size * self.cp_size
+        stage = replica * self.dp_size
+        return [
+            pp * stage + dp_rank * replica + rank
+            for pp in range(self.pp_size)
+            for rank in range(replica)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +98,9 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         ps.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         )
         # Megatron wants its tracker seeded; we have no dropout, so nothing is drawn from it.
         model_parallel_cuda_manual_seed(0)
@@ -93,7 +108,9 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
     tp_group: Any = ps.get_tensor_model_parallel_group()
     pp_group: Any = ps.get_pipeline_model_parallel_group()
     dp_group: Any = ps.get_data_parallel_group()
+    cp_group: Any = ps.get_context_parallel_group()
     ep_group: Any = ps.get_expert_model_parallel_group()
+    etp_group: Any = ps.get_expert_tensor_parallel_group()
     mesh = Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -106,11 +123,17 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         dp_rank=dp_group.rank(),
         dp_size=dp_group.size(),
         dp_group=dp_group,
+        cp_rank=cp_group.rank(),
+        cp_size=cp_group.size(),
+        cp_group=cp_group,
         ep_rank=ep_group.rank(),
         ep_size=ep_group.size(),
         ep_group=ep_group,
+        etp_rank=etp_group.rank(),
+        etp_size=etp_group.size(),
+        etp_group=etp_group,
     )
-    assert mesh.rank in mesh.trainer_ranks(mesh.dp_rank), "Megatron's rank order is not tp-dp-pp"
+    assert mesh.rank in mesh.trainer_ranks(mesh.dp_rank), "Megatron's rank order is not tp-cp-dp-pp"
     return mesh
 
 

@@ -36,6 +36,7 @@ RULES: dict[str, str] = {
     "namespace": "torch.cuda.<name> -> null_cuda.<name>: current device, streams, RNG, memory",
     "device literal": 'device="cuda" and .to("cuda") -> "cpu": buffers of DDP, optimizer, p2p',
     "cuda call": "tensor.cuda() -> tensor",
+    "pinned memory": "pin_memory=True -> False: needs an accelerator to exist",
     "type name": '"torch.cuda.FloatTensor" -> "torch.FloatTensor": asserts of the optimizers',
 }
 rewritten_sites: Counter[str] = Counter()
@@ -48,6 +49,11 @@ def _is_cuda_literal(node: ast.AST) -> bool:
         and isinstance(node.value, str)
         and node.value.split(":")[0] == "cuda"
     )
+
+
+def _is_pinned(keyword: ast.keyword) -> bool:
+    value = keyword.value
+    return keyword.arg == "pin_memory" and isinstance(value, ast.Constant) and value.value is True
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -73,6 +79,9 @@ class _Rewriter(ast.NodeTransformer):
                 self.sites["device literal"] += 1
                 node.args[0] = ast.Constant("cpu")
         for keyword in node.keywords:
+            if _is_pinned(keyword):
+                self.sites["pinned memory"] += 1
+                keyword.value = ast.copy_location(ast.Constant(False), keyword.value)
             if keyword.arg in ("device", "device_type") and _is_cuda_literal(keyword.value):
                 self.sites["device literal"] += 1
                 keyword.value = ast.Constant("cpu")

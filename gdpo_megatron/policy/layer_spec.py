@@ -1,26 +1,44 @@
 """Which layer implementation the model is made of: Transformer Engine's where it is, else local.
 
-The local spec is Megatron's own modules with one replacement: attention by torch's
+The local spec is Megatron's own modules with two replacements. Norms are torch's, marked for
+sequence parallelism, which Megatron's wrapper of them refuses. Attention is torch's
 `scaled_dot_product_attention`, which never builds the [heads, s, s] scores that Megatron's local
-attention keeps for its backward. Rows are padded on the right, so causality alone keeps every
-real token from seeing padding; no mask is needed.
+attention keeps for its backward, and knows context parallelism. Rows are padded on the right, so
+causality alone keeps every real token from seeing padding; no mask is needed.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from gdpo_megatron.platform import Platform
+from gdpo_megatron.policy.context_parallel import gather_keys, token_order
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's norm with the constructor that Megatron calls."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # Under sequence parallelism a rank sees its tokens only; Megatron then sums the gradients.
+        weight: Any = self.weight
+        weight.sequence_parallel = config.sequence_parallel
 
 
 class SDPACoreAttention(MegatronModule):
@@ -33,10 +51,13 @@ class SDPACoreAttention(MegatronModule):
         attn_mask_type: Any,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["cp"])
+        self.cp_group = groups.cp
 
     def forward(
         self,
@@ -51,7 +72,7 @@ class SDPACoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: [s, b, n, d].
+            query: [s, b, n, d], s tokens of this context-parallel rank.
             key: [s, b, g, d] with g dividing n.
             value: [s, b, g, d].
             attention_mask: must be None.
@@ -64,26 +85,37 @@ class SDPACoreAttention(MegatronModule):
         """
         assert attention_mask is None and attention_bias is None and packed_seq_params is None
         s, b, n, d = query.shape
+        mask = None
+        if self.cp_group.size() > 1:
+            key, value = gather_keys(torch.cat((key, value), -1), self.cp_group).split(d, -1)
+            total = key.shape[0]
+            order = token_order(total, self.cp_group.size()).to(query.device)
+            own = order.chunk(self.cp_group.size())[self.cp_group.rank()]
+            mask = own[:, None] >= torch.arange(total, device=query.device)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self.softmax_scale,
             enable_gqa=key.shape[2] != n,
         )
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
 
-def layer_spec(config: TransformerConfig, platform: Platform, *, fused_norms: bool) -> ModuleSpec:
-    """The layer spec for this platform.
+def block_spec(
+    config: TransformerConfig, platform: Platform, *, fused_norms: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules | ModuleSpec:
+    """The layers of a pipeline stage for this platform.
 
     Args:
         config: of the model.
         platform: the machine.
         fused_norms: whether a norm may be part of the linear layer that follows it, as in
             Transformer Engine's spec.
+        vp_stage: which of this rank's virtual stages; None where there is one.
     """
     if fused_norms and platform.has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
@@ -94,6 +126,12 @@ def layer_spec(config: TransformerConfig, platform: Platform, *, fused_norms: bo
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
-    submodules: Any = spec.submodules
-    submodules.self_attention.submodules.core_attention = SDPACoreAttention
-    return spec
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)

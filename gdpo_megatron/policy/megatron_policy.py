@@ -155,13 +155,13 @@ class MegatronPolicy(MegatronModel):
     def _reduce_stats(
         self, reported: Sequence[Mapping[str, Tensor]], loss_fn: LossFn
     ) -> dict[str, float]:
-        """Add up over micro-batches and ranks; only one TP rank of each last stage speaks."""
+        """Add up over micro-batches and ranks; of a replica's last stage only one rank speaks."""
         device = self.platform.device
         sums = torch.zeros(len(loss_fn.sums), dtype=torch.float64, device=device)
         maxima = torch.full(
             (len(loss_fn.maxima),), float("-inf"), dtype=torch.float64, device=device
         )
-        if self.mesh.tp_rank == 0:
+        if self.mesh.tp_rank == self.mesh.cp_rank == 0:
             for stats in reported:
                 sums += torch.stack([stats[name].double() for name in loss_fn.sums])
                 if loss_fn.maxima:

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
@@ -27,7 +28,8 @@ from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.batching import MicroBatch
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.platform import Platform
-from gdpo_megatron.policy.layer_spec import layer_spec
+from gdpo_megatron.policy.context_parallel import gather_rows, own_tokens
+from gdpo_megatron.policy.layer_spec import block_spec
 from gdpo_megatron.policy.logprobs import logprobs_and_entropy
 from gdpo_megatron.policy.lora import Lora
 
@@ -76,6 +78,8 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         pipeline_model_parallel_size=pp,
         pipeline_model_parallel_layout=layout,  # pyright: ignore[reportArgumentType]
         params_dtype=dtype,
@@ -104,6 +108,7 @@ def _moe_options(arch: ModelArchitecture, parallel: ParallelConfig) -> dict[str,
         # A term of pre-training; here it would pull against the rewards.
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
     }
 
 
@@ -113,7 +118,7 @@ class MegatronModel:
     Args:
         arch: shape of the model.
         max_sequence_length: longest row that will be seen.
-        fused_norms: see layer_spec.
+        fused_norms: see block_spec.
     """
 
     lora: Lora | None = None
@@ -133,9 +138,11 @@ class MegatronModel:
         self.arch, self.mesh, self.platform = arch, mesh, platform
         self.config = transformer_config(arch, parallel, precision, platform)
         self._layers_per_stage = stage_layers(arch.num_layers, parallel)
+        # Megatron's annotation leaves out one of the two that it takes.
+        spec: Any = block_spec(self.config, platform, fused_norms=fused_norms)
         self.gpt = GPTModel(
             self.config,
-            layer_spec(self.config, platform, fused_norms=fused_norms),
+            spec,
             vocab_size=arch.padded_vocab_size(mesh.tp_size),
             max_sequence_length=max_sequence_length,
             position_embedding_type="rope",
@@ -192,7 +199,8 @@ class MegatronModel:
         mesh = self.mesh
         for row, parameter in self.stage_rows:
             full = row.layout.merge([reader.get(n) for n in row.hf], self.arch, mesh.tp_size)
-            parameter.copy_(row.layout.shard(full, mesh.tp_rank, mesh.tp_size))
+            group = self._shard_group(row)
+            parameter.copy_(row.layout.shard(full, group.rank(), group.size()))
 
     @torch.no_grad()
     def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -234,7 +242,7 @@ class MegatronModel:
         mesh = self.mesh
         stage, (ep_rank, _) = self.stage_of(row), self._place_of_expert(row)
         if shard is not None:
-            full = self._unshard(layout, shard.detach())
+            full = self._unshard(layout, shard.detach(), self._shard_group(row))
             tensors = [t.contiguous() for t in layout.split(full, self.arch)]
         else:
             dtype, device = self.config.params_dtype, self.platform.device
@@ -249,11 +257,15 @@ class MegatronModel:
                 dist.broadcast(tensor, source, group=mesh.pp_group)
         return tensors
 
-    def _unshard(self, layout: Layout, shard: Tensor) -> Tensor:
-        if self.mesh.tp_size == 1 or layout.tp_dim is None:
+    def _shard_group(self, row: Row) -> ProcessGroup:
+        """The ranks that share a row's parameter, where its layout cuts it."""
+        return self.mesh.tp_group if row.expert is None else self.mesh.etp_group
+
+    def _unshard(self, layout: Layout, shard: Tensor, group: ProcessGroup) -> Tensor:
+        if group.size() == 1 or layout.tp_dim is None:
             return shard
-        shards = [torch.empty_like(shard) for _ in range(self.mesh.tp_size)]
-        dist.all_gather(shards, shard.contiguous(), group=self.mesh.tp_group)
+        shards = [torch.empty_like(shard) for _ in range(group.size())]
+        dist.all_gather(shards, shard.contiguous(), group=group)
         return layout.unshard(shards)
 
     # ---- forward -----------------------------------------------------------------------------
@@ -265,8 +277,9 @@ class MegatronModel:
 
         Args:
             micro_batches: at least one; equal on all ranks of one model replica.
-            on_logits: called on the last stage with (logits, micro_batch); see Megatron's loss
-                function for what it returns; anything when forward_only.
+            on_logits: called on the last stage with (logits, micro_batch), the logits of this
+                context-parallel rank's tokens; see Megatron's loss function for what it returns;
+                anything when forward_only.
             forward_only: no backward pass.
 
         Returns:
@@ -275,7 +288,8 @@ class MegatronModel:
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> Any:
             batch = next(iterator).to(self.platform.device)
-            output = model(batch.tokens, batch.position_ids, None)
+            tokens, positions = (self._own(x) for x in (batch.tokens, batch.position_ids))
+            output = model(tokens, positions, None)
             return output, lambda logits, **_: on_logits(logits, batch)
 
         first = micro_batches[0].tokens
@@ -290,17 +304,27 @@ class MegatronModel:
             collect_non_loss_data=forward_only,
         )
 
+    def _own(self, x: Tensor) -> Tensor:
+        """This rank's columns of [b, S], after padding that all ranks can share."""
+        multiple = 2 * self.mesh.cp_size if self.mesh.cp_size > 1 else 1
+        if self.config.sequence_parallel:
+            multiple *= self.mesh.tp_size
+        return own_tokens(F.pad(x, (0, -x.shape[1] % multiple)), self.mesh.cp_group)
+
     def token_logprobs(
         self, logits: Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy) of the labels of a micro-batch, float32 [b, S]."""
-        return logprobs_and_entropy(
+        values = logprobs_and_entropy(
             logits,
-            batch.labels,
+            self._own(batch.labels),
             temperature=temperature,
             vocab_size=self.arch.vocab_size,
             group=self.mesh.tp_group,
         )
+        columns = batch.labels.shape[1]
+        logprobs, entropy = (gather_rows(x, self.mesh.cp_group)[:, :columns] for x in values)
+        return logprobs, entropy
 
     @torch.no_grad()
     def logprobs(

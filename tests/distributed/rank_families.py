@@ -26,7 +26,7 @@ def run(
     Args:
         models: folder with a model folder for each name.
         names: of the models.
-        layouts: arguments of `in_layout`; EP is for models that have experts.
+        layouts: arguments of `in_layout`; those of experts are for models that have some.
         tokens: ids of the row.
     """
     return [_in_layout(Path(models), names, layout, tokens) for layout in layouts]
@@ -39,7 +39,7 @@ def _in_layout(
     with in_layout(**layout) as where:
         for name in names:
             arch = load_architecture(models / name)
-            if layout.get("ep", 1) > 1 and arch.moe is None:
+            if arch.moe is None and not layout.keys().isdisjoint({"ep", "etp"}):
                 continue
             model = MegatronModel(
                 arch, precision=PrecisionConfig(), max_sequence_length=64, **where

@@ -52,13 +52,22 @@ from gdpo_megatron.update import (  # noqa: E402
 
 @contextmanager
 def in_layout(
-    tp: int = 1, pp: int = 1, ep: int = 1, stages: str | None = None
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+    sp: bool = False,
+    stages: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The constructor arguments of a model in a layout; several can follow each other."""
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        sequence_parallel=sp,
         pipeline_model_parallel_layout=stages,
     )
     mesh = meshes.initialize(parallel, platform)

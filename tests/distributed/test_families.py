@@ -23,10 +23,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP1": {},
     "TP2": {"tp": 2},
     "PP2": {"pp": 2},
+    "TP2 in experts": {"tp": 2, "etp": 2},
     "EP2": {"ep": 2},
     "TP2 x PP2": {"tp": 2, "pp": 2},
 }
-WORLD_SIZES = {"TP1": 1, "TP2": 2, "PP2": 2, "EP2": 2, "TP2 x PP2": 4}
+WORLD_SIZES = {"TP1": 1, "TP2": 2, "TP2 in experts": 2, "PP2": 2, "EP2": 2, "TP2 x PP2": 4}
 LIMIT = 2e-6
 """Largest difference of a logit, relative to max(1, |logit|)."""
 
@@ -104,7 +105,9 @@ def test_logits_are_those_of_transformers(
     measured = {name: difference(ranks, expected[name]) for name, ranks in results[layout].items()}
     print(layout, {name: f"{value:.1e}" for name, value in measured.items()})
     assert measured.keys() == {
-        name for name in MODELS if layout != "EP2" or "num_local_experts" in MODELS[name]
+        name
+        for name, config in MODELS.items()
+        if layout not in ("EP2", "TP2 in experts") or "num_local_experts" in config
     }
     assert {name: value for name, value in measured.items() if value > LIMIT} == {}
 

@@ -45,11 +45,19 @@ TWO_RANKS: dict[str, Layout] = {
     "pp2, 2 and 3": {"pp": 2, "stages": "Ett|tttL"},
     "pp2, 0 and 5": {"pp": 2, "stages": "E|tttttL"},
     "dp2": {},
+    "tp2 sp": {"tp": 2, "sp": True},
+    "cp2": {"cp": 2},
 }
 FAMILY_LAYOUTS: dict[str, dict[str, Layout]] = {
     "qwen2": {"tp2": {"tp": 2}},
-    "qwen3": {"tp2": {"tp": 2}},
-    "experts": {"pp2": {"pp": 2}, "dp2": {}, "ep2": {"ep": 2}},
+    "qwen3": {"tp2": {"tp": 2}, "tp2 sp": {"tp": 2, "sp": True}},
+    "experts": {
+        "pp2": {"pp": 2},
+        "dp2": {},
+        "ep2": {"ep": 2},
+        "tp2 sp ep2": {"tp": 2, "sp": True, "ep": 2},
+        "cp2": {"cp": 2},
+    },
 }
 MUTANTS: dict[str, tuple[Layout, str]] = {
     "denominator_of_rank": ({}, "losses"),

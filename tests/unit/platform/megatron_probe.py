@@ -42,6 +42,7 @@ _WITHOUT_RULE: dict[str, Any] = {
     ),
     "device literal": mock.patch.object(megatron_cpu, "_is_cuda_literal", lambda node: False),
     "cuda call": mock.patch.object(megatron_cpu._Rewriter, "visit_Call", _keep_calls),
+    "pinned memory": mock.patch.object(megatron_cpu, "_is_pinned", lambda keyword: False),
     "type name": mock.patch.object(megatron_cpu, "_TYPE_NAMES", {}),
 }
 
@@ -125,6 +126,14 @@ def _splits() -> str:
     return type(splits).__name__
 
 
+def _rotary_positions() -> list[float]:
+    """Positions of the second of two context-parallel ranks, out of eight."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    group: Any = mock.Mock(size=lambda: 2, rank=lambda: 1)
+    return rope_utils.get_pos_emb_on_this_cp_rank(torch.arange(8.0), 0, group).tolist()
+
+
 def _attempt(action: Any) -> Any:
     try:
         return action()
@@ -150,6 +159,7 @@ def _report(folder: Path) -> dict[str, Any]:
 
     report["fork"] = _attempt(_fork_of_the_tracker)
     report["router_logits"] = _attempt(_router_logits)
+    report["rotary_positions"] = _attempt(_rotary_positions)
     report["splits"] = _attempt(_splits)
     report["sites"] = dict(megatron_cpu.rewritten_sites)
     report["jit_fuser"] = f"{jit.jit_fuser.__module__}.{jit.jit_fuser.__name__}"

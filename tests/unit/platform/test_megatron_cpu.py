@@ -30,7 +30,15 @@ PATCH_CASES = [f"patch:{patch.module}" for patch in megatron_cpu.PATCHES]
 
 # Sites in the modules that a training process loads. Another version: look at what changed there
 # (new forms of the same requests show up as failures of the runs below), then add its numbers.
-SITES = {"0.16.1": {"namespace": 309, "device literal": 62, "cuda call": 9, "type name": 9}}
+SITES = {
+    "0.16.1": {
+        "namespace": 309,
+        "device literal": 62,
+        "cuda call": 9,
+        "pinned memory": 6,
+        "type name": 9,
+    }
+}
 
 
 # ---- rewriting -----------------------------------------------------------------------------------
@@ -48,6 +56,7 @@ SITES = {"0.16.1": {"namespace": 309, "device literal": 62, "cuda call": 9, "typ
         ("x.to('cuda', dtype)", "x.to('cpu', dtype)", "device literal"),
         ("x.cuda()", "_gdpo_null_cuda.identity(x)", "cuda call"),
         ("f(x).cuda(0, a=1)", "_gdpo_null_cuda.identity(f(x), 0, a=1)", "cuda call"),
+        ("torch.empty(2, pin_memory=True)", "torch.empty(2, pin_memory=False)", "pinned memory"),
         ("x == 'torch.cuda.HalfTensor'", "x == 'torch.HalfTensor'", "type name"),
     ],
 )
@@ -68,6 +77,7 @@ def test_rewritten(source: str, rewritten: str, rule: str) -> None:
         "{'cuda': 1}",
         "f(kind='cuda')",
         "x.to(device, 'cuda')",
+        "torch.empty(2, pin_memory=pinned)",
         "'torch.cuda'",
     ],
 )
@@ -211,11 +221,16 @@ def test_without_the_hook(probe: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("case", RULE_CASES)
 def test_rule_is_needed(case: str, probe: dict[str, dict[str, Any]]) -> None:
-    """Without it, a step or what a checkpoint collects fails on CUDA."""
+    """Without it, a step, what a checkpoint collects, or context parallelism fails on CUDA."""
     rule = case.removeprefix("rule:")
     expected = dict(probe["all"]["sites"])
     del expected[rule]
     assert probe[case]["sites"] == expected
+    assert probe["all"]["rotary_positions"] == [2.0, 3.0, 4.0, 5.0]
+    if rule == "pinned memory":
+        assert "error" not in probe[case], "a step without context parallelism needs none"
+        assert probe[case]["rotary_positions"].startswith("RuntimeError: pin_memory=True requires")
+        return
     words = "Wrapped parameters must be one of torch.cuda" if rule == "type name" else "CUDA"
     assert words in probe[case]["error"]
 
