@@ -21,11 +21,11 @@ from gdpo_megatron.sandbox.worker import Worker
 CANARY_VARIABLE = "GDPO_SANDBOX_CANARY"
 
 # Each line: a name and an expression that raises OSError, or is falsy, where the attack fails.
-# `call` makes a raw system call and raises what it answers; a refusal is EPERM or ENOSYS, whereas a
-# call that was let in fails on its nonsense arguments with something else, which counts as through.
+# `call` makes a raw system call; a refusal is EPERM, EACCES or ENOSYS. A call that was let in and
+# fails on its nonsense arguments with something else counts as through.
 _ATTACKS = {
     "fork": "os.fork() or os._exit(0)",
-    "fork by vfork": "call(58) or os._exit(0)",
+    "fork by number": "call(57) or os._exit(0)",
     "exec": "call(59, b'/nonexistent', None, None)",
     "TCP socket": "call(41, 2, 1, 0)",
     "UDP socket": "call(41, 2, 2, 0)",
@@ -42,9 +42,10 @@ _ATTACKS = {
     "bpf": "call(321, -1, None, 0)",
     "new session": "call(112) > 0",
     "prctl": "call(157, 3, 0, 0, 0, 0) >= 0",
-    "raising a limit": "resource.setrlimit(resource.RLIMIT_CPU, (1, 1)) is None",
+    "limits of the parent": "call(302, os.getppid(), 0, None, None) == 0",
+    "changing a limit": "call(160, 0, b'\\0' * 16) == 0",
     "memory file": "call(319, b'x', 0) >= 0",
-    "chmod": "call(90, CANARY_FILE, 0o777) == 0",
+    "chmod": "call(90, b'/nonexistent', 0) == 0 or os.chmod(CANARY_FILE, 0o777) is None",
     "reading a file": "open(CANARY_FILE).read()",
     "reading the accounts": "open('/etc/passwd').read()",
     "reading /proc": "open('/proc/self/environ').read()",
@@ -69,18 +70,18 @@ def call(*arguments):
         return result
     if ctypes.get_errno() in REFUSED:
         raise OSError(ctypes.get_errno(), "refused")
-    return f"let in: errno {ctypes.get_errno()}"
+    raise LetIn
+class LetIn(Exception):
+    pass
 through = []
 for name, attack in attacks.items():
     try:
-        outcome = eval(attack)
-        if isinstance(outcome, str) and outcome.startswith("let in") or outcome:
+        if eval(attack):
             through.append(name)
+    except LetIn:
+        through.append(name)
     except OSError:
         pass
-    except Exception as error:
-        if "let in" in str(error):
-            through.append(name)
 print(json.dumps(through))
 """
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -151,18 +151,20 @@ def _split_body(statements: Sequence[ast.stmt]) -> list[SplitAssert] | None:
 
 def _split(test: ast.expr) -> SplitAssert:
     calls: list[ast.expr] = []
-    condition = _lift(test, calls)
+    condition = _lift(test, calls, _FUNCTIONS)
+    if not calls:  # the program's function has the name of one of these
+        condition = _lift(test, calls, {})
     if not calls:
         raise _Unsplittable
     inside = ast.unparse(ast.Tuple(elts=calls, ctx=ast.Load()))
     return SplitAssert(inside, condition)
 
 
-def _lift(node: ast.expr, calls: list[ast.expr]) -> ast.expr:
+def _lift(node: ast.expr, calls: list[ast.expr], outside: Mapping[str, Any]) -> ast.expr:
     """The node with calls of the program replaced by slots; they are appended to `calls`."""
     if isinstance(node, ast.Constant):
         return node
-    if isinstance(node, ast.Call) and _function(node) is None:
+    if isinstance(node, ast.Call) and ast.unparse(node.func) not in outside:
         calls.append(node)
         slot = ast.Constant(len(calls) - 1)
         return ast.Subscript(ast.Name(_SLOT, ast.Load()), slot, ast.Load())
@@ -176,21 +178,23 @@ def _lift(node: ast.expr, calls: list[ast.expr]) -> ast.expr:
         if isinstance(node, ast.Call) and name == "func":
             continue
         if isinstance(value, ast.expr):
-            setattr(node, name, _lift(value, calls))
+            setattr(node, name, _lift(value, calls, outside))
         elif isinstance(value, list):
-            setattr(node, name, [_lift_item(item, calls) for item in cast("list[Any]", value)])
+            setattr(
+                node, name, [_lift_item(item, calls, outside) for item in cast("list[Any]", value)]
+            )
     return node
 
 
-def _lift_item(item: Any, calls: list[ast.expr]) -> Any:
+def _lift_item(item: Any, calls: list[ast.expr], outside: Mapping[str, Any]) -> Any:
     if isinstance(item, ast.keyword):
         if item.arg is None:
             raise _Unsplittable
-        item.value = _lift(item.value, calls)
+        item.value = _lift(item.value, calls, outside)
         return item
     if item is None:  # {**other}
         raise _Unsplittable
-    return _lift(item, calls) if isinstance(item, ast.expr) else item
+    return _lift(item, calls, outside) if isinstance(item, ast.expr) else item
 
 
 _WALKED = (
@@ -204,10 +208,6 @@ _WALKED = (
     ast.Tuple,
     ast.UnaryOp,
 )
-
-
-def _function(node: ast.Call) -> Callable[..., Any] | None:
-    return _FUNCTIONS.get(ast.unparse(node.func))
 
 
 def _evaluate(node: ast.expr, values: Any) -> Any:
@@ -230,8 +230,7 @@ def _evaluate(node: ast.expr, values: Any) -> Any:
     if isinstance(node, ast.Compare):
         return _compare(node, values)
     assert isinstance(node, ast.Call)
-    function = _function(node)
-    assert function is not None
+    function = _FUNCTIONS[ast.unparse(node.func)]
     keywords = {str(k.arg): _evaluate(k.value, values) for k in node.keywords}
     return function(*(_evaluate(argument, values) for argument in node.args), **keywords)
 
