@@ -10,8 +10,11 @@ belongs to its part of W:
     linear_proj, linear_fc2 (rows)      [r, in / tp]            [out, r] on every rank
 
 The factors that every rank holds get the same gradient on every rank, by one all-reduce of A x:
-in the backward pass of the columns' A, in the forward pass of the rows' B. Queries, keys and values
-share an A, and so do gate and up projection: they are one layer of Megatron.
+in the backward pass of the columns' A, in the forward pass of the rows' B. Under sequence
+parallelism, where a rank has its tokens only of a columns' input and a rows' output, tokens are
+gathered and scattered in that place, and Megatron sums the gradients of these factors over ranks.
+Queries, keys and values share an A, and so do gate and up projection: they are one layer of
+Megatron.
 
 Adapters are modules of their own in their TransformerLayer (`layer.lora`) and add to the layer's
 output from a hook: neither the names of the model's parameters nor the table of its tensors know of
@@ -30,7 +33,9 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -94,6 +99,8 @@ class Adapter(MegatronModule):
         # What all ranks hold counts once in the gradient's norm.
         set_tensor_model_parallel_attributes(self.a, self._by_rows, 1, 1)
         set_tensor_model_parallel_attributes(self.b, not self._by_rows, 0, 1)
+        on_every_rank: Any = self.b if self._by_rows else self.a
+        on_every_rank.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """Alpha / rank * B (A x).
@@ -102,13 +109,19 @@ class Adapter(MegatronModule):
             x: [s, b, in] of a layer cut by columns, [s, b, in / tp] of one cut by rows.
 
         Returns:
-            [s, b, out / tp], or [s, b, out] of a layer cut by rows.
+            [s, b, out / tp], or [s, b, out] of a layer cut by rows. Under sequence parallelism the
+            tensors that are not cut along their last dimension have s / tp tokens.
         """
-        hidden = F.linear(x, self.a)
-        if self._by_rows:
-            hidden = reduce_from_tensor_model_parallel_region(hidden, group=self.tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
+        hidden, group = F.linear(x, self.a), self.tp_group
+        match self._by_rows, self.config.sequence_parallel:
+            case True, False:
+                hidden = reduce_from_tensor_model_parallel_region(hidden, group=group)
+            case True, True:
+                hidden = reduce_scatter_to_sequence_parallel_region(hidden, group=group)
+            case False, False:
+                hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+            case False, True:
+                hidden = gather_from_sequence_parallel_region(hidden, group=group)
         return F.linear(self.scale * hidden, self.b)
 
     def add_to(self, _: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
