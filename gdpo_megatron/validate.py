@@ -7,22 +7,17 @@ their files), and Megatron is not imported.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
 from gdpo_megatron.config import yaml_text
-from gdpo_megatron.config.fields import show
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ParallelConfig, RLConfig, SFTConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
-from gdpo_megatron.conversion.peft_writer import lora_targets
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
@@ -33,6 +28,7 @@ from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
 from gdpo_megatron.run_folder import CONFIG_FILE
 from gdpo_megatron.sandbox import Sandbox, SandboxUnavailable, configure, is_sandbox_user
+from gdpo_megatron.validate_lora import lora_problems
 
 Check = Callable[[], "list[str] | None"]
 
@@ -95,12 +91,9 @@ def _checks(
         yield lambda: _sizes(config, found, tokenizer)
         yield lambda: _stages(found, parallel)
         yield lambda: _experts(job, found, parallel, world_size)
-        if model.lora is not None:
-            targets = model.lora.target_modules
-            yield lambda: _lora_targets(targets, found)
         if model.init == "pretrained":
             yield lambda: _weights(folder, found)
-    yield lambda: _lora(config, base_dir, job)
+    yield lambda: lora_problems(job, config, base_dir, arch)
     yield lambda: _optimizer(config, job)
     if isinstance(config, SFTConfig):
         yield lambda: _sft_data(config, base_dir, tokenizer)
@@ -132,6 +125,12 @@ def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
             f"{world_size} ranks (--nproc x --nnodes) do not fit "
             f"parallel.tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}"
             f"{by_context}: start a multiple of {tp * pp * cp}"
+        )
+    vp = parallel.virtual_pipeline_model_parallel_size
+    if vp > 1 and pp == 1:
+        problems.append(
+            f"parallel.virtual_pipeline_model_parallel_size is {vp}, but there is one stage only; "
+            "set it to 1, or pipeline_model_parallel_size above 1"
         )
     if parallel.sequence_parallel and tp == 1:
         problems.append(
