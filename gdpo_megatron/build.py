@@ -73,7 +73,7 @@ class Parts:
         """A model with the initial weights that is never updated: the reference."""
         model = MegatronModel(self.arch, **self.model_kwargs())  # pyright: ignore[reportArgumentType]
         model.load_hf(self.reader())
-        model.module.eval().requires_grad_(False)
+        model.freeze()
         return model
 
     def engine(

@@ -71,9 +71,13 @@ class ParallelConfig:
     expert_tensor_parallel_size: PositiveInt = 1
     """Ranks that share each expert."""
 
+    virtual_pipeline_model_parallel_size: PositiveInt = 1
+    """Stages of each rank, interleaved: a smaller bubble, more messages."""
+
     pipeline_model_parallel_layout: str | None = None
     """Layers per stage in Megatron's notation, e.g. "Ettt|ttL" for 3 + 2 layers; null spreads them
-    as evenly as possible, the longer stages first."""
+    as evenly as possible, the longer stages first. With virtual stages, all of them in the order
+    that a token passes them."""
 
 
 @section

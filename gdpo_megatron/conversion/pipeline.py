@@ -9,7 +9,7 @@ from gdpo_megatron.errors import InputError
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
-    """Layers per stage, first to last.
+    """Layers per stage, first to last; of all virtual stages, where ranks have several.
 
     Without a layout they are spread as evenly as possible, the longer stages first. The layout is
     Megatron's notation (`PipelineParallelLayerLayout`): E embedding, t layer, L loss, | between
@@ -18,12 +18,14 @@ def stage_layers(num_layers: int, parallel: ParallelConfig) -> list[int]:
     Raises:
         InputError: the layout does not describe this many layers on this many stages.
     """
-    stages, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    stages, layout = pp * vp, parallel.pipeline_model_parallel_layout
+    by_virtual = f" x virtual_pipeline_model_parallel_size {vp}" if vp > 1 else ""
     if layout is None:
         if num_layers < stages:
             raise InputError(
-                f"parallel.pipeline_model_parallel_size is {stages}, but the model has only "
-                f"{num_layers} layers"
+                f"parallel.pipeline_model_parallel_size is {pp}{by_virtual}, but the model has "
+                f"only {num_layers} layers"
             )
         return [num_layers // stages + (s < num_layers % stages) for s in range(stages)]
     text = layout.replace(",", "").replace(" ", "")

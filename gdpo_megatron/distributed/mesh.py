@@ -98,6 +98,11 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         ps.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_pipeline_model_parallel_size
+                if parallel.virtual_pipeline_model_parallel_size > 1
+                else None
+            ),
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,

@@ -92,16 +92,15 @@ class MegatronPolicy(MegatronModel):
         self.load_hf(make_reader())
         if lora is not None:
             self.lora = Lora(self.gpt, self.stage_rows, lora, mesh=self.mesh, seed=seed)
-        self.ddp = DistributedDataParallel(
-            self.config,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
-                overlap_grad_reduce=False,
-            ),
-            self.module,
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
         )
-        self.module = self.ddp
+        self.ddp = [
+            DistributedDataParallel(self.config, ddp_config, module) for module in self.modules
+        ]
+        self.modules = list(self.ddp)
         self.optimizer = build_optimizer(optimizer, self.ddp)
         self.scheduler = build_scheduler(optimizer, self.optimizer, total_updates)
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -128,8 +127,9 @@ class MegatronPolicy(MegatronModel):
         Raises:
             FloatingPointError: the gradient is not finite; the weights are left as they were.
         """
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        self.train()
+        for ddp in self.ddp:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
         def on_logits(
@@ -181,7 +181,7 @@ class MegatronPolicy(MegatronModel):
     def sharded_state_dict(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron's distributed checkpoint takes them."""
         materialize_state(self.optimizer)
-        model = self.gpt.sharded_state_dict()
+        model = {f"chunk{i}": gpt.sharded_state_dict() for i, gpt in enumerate(self.chunks)}
         return {
             "model": model,
             "optimizer": self.optimizer.sharded_state_dict(
@@ -194,7 +194,8 @@ class MegatronPolicy(MegatronModel):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `sharded_state_dict` of a saved run held."""
-        self.gpt.load_state_dict(state["model"])
+        for i, gpt in enumerate(self.chunks):
+            gpt.load_state_dict(state["model"][f"chunk{i}"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.num_steps = 0  # it adds the steps that it loads to its own
         self.scheduler.load_state_dict(state["scheduler"])

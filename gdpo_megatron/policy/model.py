@@ -8,6 +8,7 @@ so a model has the same weights in every layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -32,6 +32,7 @@ from gdpo_megatron.policy.context_parallel import gather_rows, own_tokens
 from gdpo_megatron.policy.layer_spec import block_spec
 from gdpo_megatron.policy.logprobs import logprobs_and_entropy
 from gdpo_megatron.policy.lora import Lora
+from gdpo_megatron.policy.transformer_config import transformer_config
 
 
 class TensorReader(Protocol):
@@ -43,73 +44,6 @@ class TensorReader(Protocol):
 
 
 ForwardFn = Callable[[Tensor, Tensor, MicroBatch], Any]
-
-
-def transformer_config(
-    arch: ModelArchitecture,
-    parallel: ParallelConfig,
-    precision: PrecisionConfig,
-    platform: Platform,
-) -> TransformerConfig:
-    """Megatron's config for an architecture in a layout."""
-    dtype = getattr(torch, precision.params_dtype)
-    layers = stage_layers(arch.num_layers, parallel)
-    pp = parallel.pipeline_model_parallel_size
-    layout = None
-    if len(set(layers)) > 1 or parallel.pipeline_model_parallel_layout:
-        stages = [["decoder"] * n for n in layers]
-        stages[0].insert(0, "embedding")
-        stages[-1].append("loss")
-        layout = stages
-    return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.intermediate_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_key_value_heads,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=arch.has_qkv_bias,
-        qk_layernorm=arch.has_qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        context_parallel_size=parallel.context_parallel_size,
-        pipeline_model_parallel_size=pp,
-        pipeline_model_parallel_layout=layout,  # pyright: ignore[reportArgumentType]
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # Micro-batches differ in rows and length: the stages tell each other the shapes.
-        variable_seq_lengths=pp > 1,
-        **_moe_options(arch, parallel),
-        # Losses arrive divided by the global token count; Megatron must only sum gradients.
-        calculate_per_token_loss=True,
-        **platform.model_overrides,
-    )
-
-
-def _moe_options(arch: ModelArchitecture, parallel: ParallelConfig) -> dict[str, Any]:
-    # Megatron checks the dispatcher for dense models too when shapes vary.
-    options: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
-    if arch.moe is None:
-        return options
-    return options | {
-        "num_moe_experts": arch.moe.num_experts,
-        "moe_ffn_hidden_size": arch.moe.intermediate_size,
-        "moe_router_topk": arch.moe.top_k,
-        # A softmax over the chosen logits alone is the normalised form.
-        "moe_router_pre_softmax": not arch.moe.normalize_top_k,
-        # A term of pre-training; here it would pull against the rewards.
-        "moe_router_load_balancing_type": "none",
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
-    }
 
 
 class MegatronModel:
@@ -138,44 +72,81 @@ class MegatronModel:
         self.arch, self.mesh, self.platform = arch, mesh, platform
         self.config = transformer_config(arch, parallel, precision, platform)
         self._layers_per_stage = stage_layers(arch.num_layers, parallel)
+        self._fused_norms, self._max_sequence_length = fused_norms, max_sequence_length
+        self._num_chunks = parallel.virtual_pipeline_model_parallel_size
+        self.chunks = [self._build_chunk(index) for index in range(self._num_chunks)]
+        """This rank's part of the model: one for each of its virtual pipeline stages."""
+        self.modules: list[torch.nn.Module] = list(self.chunks)
+        """The chunks in whatever is wrapped around them."""
+        if self.config.bf16:
+            self.modules = [Float16Module(self.config, chunk) for chunk in self.chunks]
+        self.stage_rows = [
+            pair for chunk in range(self._num_chunks) for pair in self._rows_of(chunk)
+        ]
+
+    def _build_chunk(self, chunk: int) -> GPTModel:
+        arch, stage = self.arch, chunk * self.mesh.pp_size + self.mesh.pp_rank
+        vp_stage = chunk if self._num_chunks > 1 else None
         # Megatron's annotation leaves out one of the two that it takes.
-        spec: Any = block_spec(self.config, platform, fused_norms=fused_norms)
-        self.gpt = GPTModel(
+        spec: Any = block_spec(
+            self.config, self.platform, fused_norms=self._fused_norms, vp_stage=vp_stage
+        )
+        gpt = GPTModel(
             self.config,
             spec,
-            vocab_size=arch.padded_vocab_size(mesh.tp_size),
-            max_sequence_length=max_sequence_length,
+            vocab_size=arch.padded_vocab_size(self.mesh.tp_size),
+            max_sequence_length=self._max_sequence_length,
             position_embedding_type="rope",
             rotary_base=int(arch.rope_theta),
             share_embeddings_and_output_weights=arch.tie_word_embeddings,
-            pre_process=mesh.pp_rank == 0,
-            post_process=mesh.is_last_stage,
+            pre_process=stage == 0,
+            post_process=stage == len(self._layers_per_stage) - 1,
             parallel_output=True,
-        ).to(platform.device)
-        self.gpt.rotary_pos_emb.inv_freq = arch.inverse_frequencies().to(platform.device)
-        self.module: torch.nn.Module = self.gpt
-        if self.config.bf16:
-            self.module = Float16Module(self.config, self.gpt)
-        self.stage_rows = list(self._rows_of_stage(mesh.pp_rank))
+            vp_stage=vp_stage,
+        ).to(self.platform.device)
+        gpt.rotary_pos_emb.inv_freq = arch.inverse_frequencies().to(self.platform.device)
+        return gpt
+
+    @property
+    def gpt(self) -> GPTModel:
+        """The whole of this rank's part, where it is one chunk."""
+        (chunk,) = self.chunks
+        return chunk
+
+    def train(self, mode: bool = True) -> None:
+        """Set the mode of all modules, like torch's `Module.train`."""
+        for module in self.modules:
+            module.train(mode)
+
+    def freeze(self) -> None:
+        """Make it a model that is never updated."""
+        self.train(False)
+        for module in self.modules:
+            module.requires_grad_(False)
 
     # ---- weights -----------------------------------------------------------------------------
 
-    def stage_of(self, row: Row) -> int:
-        """Pipeline stage that holds a row."""
+    def _stage_of(self, row: Row) -> int:
+        """Pipeline stage that holds a row, counted in the order that a token passes them."""
         if row.layer is None:
-            return self.mesh.pp_size - 1 if row.last else 0
+            return len(self._layers_per_stage) - 1 if row.last else 0
         stage, first = 0, 0
         while row.layer >= first + self._layers_per_stage[stage]:
             first += self._layers_per_stage[stage]
             stage += 1
         return stage
 
-    def _rows_of_stage(self, stage: int) -> Iterator[tuple[Row, torch.nn.Parameter]]:
+    def _pp_rank_of(self, row: Row) -> int:
+        """Pipeline rank that holds a row; virtual stages go round the ranks."""
+        return self._stage_of(row) % self.mesh.pp_size
+
+    def _rows_of(self, chunk: int) -> Iterator[tuple[Row, torch.nn.Parameter]]:
+        stage = chunk * self.mesh.pp_size + self.mesh.pp_rank
         first_layer = sum(self._layers_per_stage[:stage])
-        parameters = dict(self.gpt.named_parameters())
+        parameters = dict(self.chunks[chunk].named_parameters())
         for row in mapping_rows(self.arch):
             # A tied output layer is a parameter of its own only where the embedding is not at hand.
-            if self.stage_of(row) != stage or (row.import_only and self.mesh.pp_size == 1):
+            if self._stage_of(row) != stage or (row.import_only and self.mesh.pp_size == 1):
                 continue
             ep_rank, expert = self._place_of_expert(row)
             if ep_rank not in (None, self.mesh.ep_rank):
@@ -240,19 +211,19 @@ class MegatronModel:
             The tensors; where TP ranks share nothing, views of the shard.
         """
         mesh = self.mesh
-        stage, (ep_rank, _) = self.stage_of(row), self._place_of_expert(row)
+        pp_rank, (ep_rank, _) = self._pp_rank_of(row), self._place_of_expert(row)
         if shard is not None:
             full = self._unshard(layout, shard.detach(), self._shard_group(row))
             tensors = [t.contiguous() for t in layout.split(full, self.arch)]
         else:
             dtype, device = self.config.params_dtype, self.platform.device
             tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        if ep_rank is not None and mesh.ep_size > 1 and stage == mesh.pp_rank:
+        if ep_rank is not None and mesh.ep_size > 1 and pp_rank == mesh.pp_rank:
             source = dist.get_global_rank(mesh.ep_group, ep_rank)
             for tensor in tensors:
                 dist.broadcast(tensor, source, group=mesh.ep_group)
         if mesh.pp_size > 1:
-            source = dist.get_global_rank(mesh.pp_group, stage)
+            source = dist.get_global_rank(mesh.pp_group, pp_rank)
             for tensor in tensors:
                 dist.broadcast(tensor, source, group=mesh.pp_group)
         return tensors
@@ -285,45 +256,73 @@ class MegatronModel:
         Returns:
             What `on_logits` reported for each micro-batch on the last stage; [] elsewhere.
         """
+        batches, shape = self._schedulable(micro_batches)
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> Any:
             batch = next(iterator).to(self.platform.device)
-            tokens, positions = (self._own(x) for x in (batch.tokens, batch.position_ids))
+            rows, columns = shape or self._padded(batch.tokens)
+            tokens, positions = (
+                self._own(x, rows, columns) for x in (batch.tokens, batch.position_ids)
+            )
             output = model(tokens, positions, None)
             return output, lambda logits, **_: on_logits(logits, batch)
 
-        first = micro_batches[0].tokens
-        return get_forward_backward_func()(
+        rows, columns = shape or self._padded(batches[0].tokens)
+        results = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=[self.module],
-            num_microbatches=len(micro_batches),
-            seq_length=first.shape[1],
-            micro_batch_size=first.shape[0],
+            data_iterator=[iter(batches) for _ in self.modules],
+            model=self.modules,
+            num_microbatches=len(batches),
+            seq_length=columns,
+            micro_batch_size=rows,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+        return results[: len(micro_batches)] if forward_only else results
 
-    def _own(self, x: Tensor) -> Tensor:
-        """This rank's columns of [b, S], after padding that all ranks can share."""
+    def _schedulable(
+        self, micro_batches: Sequence[MicroBatch]
+    ) -> tuple[Sequence[MicroBatch], tuple[int, int] | None]:
+        """What the interleaved schedule asks for: a multiple of the stages, and one shape for all.
+
+        What is added counts for nothing: its rows are masked.
+        """
+        if self._num_chunks == 1:
+            return micro_batches, None
+        last = micro_batches[-1]
+        masked = replace(last, loss_mask=torch.zeros_like(last.loss_mask))
+        missing = -len(micro_batches) % self.mesh.pp_size
+        shapes = [self._padded(batch.tokens) for batch in micro_batches]
+        rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
+        return [*micro_batches, *[masked] * missing], (rows, columns)
+
+    def _padded(self, x: Tensor) -> tuple[int, int]:
+        """Rows and columns of [b, S] after padding that all ranks can share."""
         multiple = 2 * self.mesh.cp_size if self.mesh.cp_size > 1 else 1
         if self.config.sequence_parallel:
             multiple *= self.mesh.tp_size
-        return own_tokens(F.pad(x, (0, -x.shape[1] % multiple)), self.mesh.cp_group)
+        rows, columns = x.shape
+        return rows, -(-columns // multiple) * multiple
+
+    def _own(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """This rank's columns of [b, S] after padding it to so many rows and columns."""
+        padding = (0, columns - x.shape[1], 0, rows - x.shape[0])
+        return own_tokens(F.pad(x, padding), self.mesh.cp_group)
 
     def token_logprobs(
         self, logits: Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy) of the labels of a micro-batch, float32 [b, S]."""
+        rows, columns = logits.shape[0], logits.shape[1] * self.mesh.cp_size
         values = logprobs_and_entropy(
             logits,
-            self._own(batch.labels),
+            self._own(batch.labels, rows, columns),
             temperature=temperature,
             vocab_size=self.arch.vocab_size,
             group=self.mesh.tp_group,
         )
-        columns = batch.labels.shape[1]
-        logprobs, entropy = (gather_rows(x, self.mesh.cp_group)[:, :columns] for x in values)
+        b, s = batch.labels.shape
+        logprobs, entropy = (gather_rows(x, self.mesh.cp_group)[:b, :s] for x in values)
         return logprobs, entropy
 
     @torch.no_grad()
@@ -331,12 +330,12 @@ class MegatronModel:
         self, micro_batches: Sequence[MicroBatch], temperature: float
     ) -> list[Tensor | None]:
         """Log-probs of the labels, float32 [b, S] per micro-batch; None off the last stage."""
-        was_training = self.module.training
-        self.module.eval()
+        was_training = self.modules[0].training
+        self.train(False)
         results = self.run_schedule(
             micro_batches,
             lambda logits, batch: self.token_logprobs(logits, batch, temperature)[0],
             forward_only=True,
         )
-        self.module.train(was_training)
+        self.train(was_training)
         return results or [None] * len(micro_batches)

@@ -9,6 +9,7 @@ resumed run is exactly the run that was saved.
 from __future__ import annotations
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from gdpo_megatron.config import schema
 
 
 def build_optimizer(
-    config: schema.OptimizerConfig, model: DistributedDataParallel
+    config: schema.OptimizerConfig, chunks: Sequence[DistributedDataParallel]
 ) -> MegatronOptimizer:
     """AdamW with the distributed optimizer; biases and norms are not decayed (Megatron's rule)."""
-    bf16 = bool(model.config.bf16)
+    bf16 = bool(chunks[0].config.bf16)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -40,7 +41,7 @@ def build_optimizer(
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
         ),
-        [model],
+        list(chunks),
         use_gloo_process_groups=False,
     )
     for part in _parts(optimizer):

@@ -46,7 +46,7 @@ def _in_layout(
             )
             reader = HFCheckpoint(models / name, arch)
             model.load_hf(reader)
-            model.module.eval()
+            model.train(False)
             streamed = [(n, torch.equal(x, reader.get(n))) for n, x in model.hf_tensors()]
             results[name] = {
                 "names": [n for n, _ in streamed],

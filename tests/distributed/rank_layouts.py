@@ -55,6 +55,7 @@ def in_layout(
     tp: int = 1,
     pp: int = 1,
     cp: int = 1,
+    vp: int = 1,
     ep: int = 1,
     etp: int = 1,
     sp: bool = False,
@@ -64,6 +65,7 @@ def in_layout(
     parallel = ParallelConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
@@ -108,7 +110,7 @@ def _case(
     )
     reference = MegatronModel(arch, **layout)
     reference.load_hf(HFCheckpoint(folder / f"{case['model']}_reference", arch))
-    reference.module.eval().requires_grad_(False)
+    reference.freeze()
     exported = [(name, tensor.clone()) for name, tensor in policy.hf_tensors()]
     plans = plan_minibatches(
         rollouts.loss_rows,

@@ -68,7 +68,7 @@ class Run:
         """The model alone, frozen, as a run without LoRA has it for its reference."""
         model = MegatronModel(self.arch, **self._layout)
         model.load_hf(self.reader)
-        model.module.eval().requires_grad_(False)
+        model.freeze()
         return model
 
     def batches(self, samples: tuple[int, ...] | range) -> tuple[list[int], list[MicroBatch]]:
@@ -271,6 +271,15 @@ def copies_count_twice() -> AbstractContextManager[None]:
     return _after_init(mark)
 
 
+def gradients_of_own_tokens() -> AbstractContextManager[None]:
+    """Under sequence parallelism, what every rank holds learns from this rank's tokens only."""
+
+    def unmark(adapter: Adapter) -> None:
+        adapter.a.sequence_parallel = adapter.b.sequence_parallel = False
+
+    return _after_init(unmark)
+
+
 def scale_without_rank() -> AbstractContextManager[None]:
     """alpha instead of alpha / rank."""
 
@@ -302,6 +311,7 @@ MUTANTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     "no_reduction_of_columns": no_reduction_of_columns,
     "no_reduction_of_rows": no_reduction_of_rows,
     "copies_count_twice": copies_count_twice,
+    "gradients_of_own_tokens": gradients_of_own_tokens,
     "scale_without_rank": scale_without_rank,
     "start_of_rank": start_of_rank,
 }

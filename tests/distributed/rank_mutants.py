@@ -55,7 +55,7 @@ def mean_over_ranks() -> AbstractContextManager[None]:
     """Gradients are averaged over data-parallel ranks, though the loss is divided already."""
 
     def scale(policy: MegatronPolicy) -> None:
-        for group in policy.ddp.bucket_groups:
+        for group in policy.ddp[0].bucket_groups:
             for bucket in group.buckets:
                 bucket.gradient_scaling_factor = 1.0 / policy.mesh.dp_size
 
@@ -66,7 +66,7 @@ def no_reduction_over_ranks() -> AbstractContextManager[None]:
     """Gradients stay on their data-parallel rank."""
 
     def cut(policy: MegatronPolicy) -> None:
-        policy.ddp.finish_grad_sync = lambda *args, **kwargs: None
+        policy.ddp[0].finish_grad_sync = lambda *args, **kwargs: None
 
     return _after(MegatronPolicy, "__init__", cut)
 

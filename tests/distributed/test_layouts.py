@@ -47,6 +47,7 @@ TWO_RANKS: dict[str, Layout] = {
     "dp2": {},
     "tp2 sp": {"tp": 2, "sp": True},
     "cp2": {"cp": 2},
+    "pp2 vp2": {"pp": 2, "vp": 2},
 }
 FAMILY_LAYOUTS: dict[str, dict[str, Layout]] = {
     "qwen2": {"tp2": {"tp": 2}},
