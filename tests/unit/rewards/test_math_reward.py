@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from suite_helpers import is_running, wait_until
 
 from gdpo_megatron.rewards import NOT_APPLICABLE, Invalid, RewardSample
 from gdpo_megatron.rewards.base import collect_events
@@ -324,23 +325,16 @@ def test_workers_of_a_forked_daemonic_process_die_with_it(tmp_path: Path, doing:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child, worker = int(parent.stdout.readline()), int(parent.stdout.readline())
-        assert _runs(worker)
+        assert is_running(worker)
         if doing == "compute":
             time.sleep(0.3)
         os.kill(child, signal.SIGKILL)
         parent.wait(timeout=30)
-    deadline = time.monotonic() + 30
-    while _runs(worker) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not _runs(worker)
-
-
-def _runs(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+        wait_until(lambda: not is_running(worker), "the worker outlived its parent")
+    finally:
+        if is_running(worker):
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
