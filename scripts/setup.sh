@@ -129,6 +129,13 @@ check_python() {
   fi
 }
 
+# What the sandbox for model-written code prefers; where it cannot be had, `gdpo-megatron doctor`
+# says what is used instead.
+add_bubblewrap() {
+  command -v bwrap >/dev/null || apt_install bubblewrap ||
+    say "note: no bubblewrap (Debian/Ubuntu, as root: apt-get install bubblewrap)"
+}
+
 free_mb() {
   "${python:-$venv/bin/python}" -c 'import shutil, sys
 print(shutil.disk_usage(sys.argv[1]).free // 10**6)' "$venv"
@@ -278,6 +285,7 @@ main() {
   rm -f -- "$venv"/.gdpo-setup-* # from here on the environment changes
   printf '%s\n' "$torch" >"$torch_asked"
   install_torch "$torch"
+  add_bubblewrap
   say "installing gdpo-megatron[$extras] (log: $log)"
   logged pip install --editable "${repo}[$extras]" || die_failed "installing gdpo-megatron[$extras]"
   check_torch "$torch"

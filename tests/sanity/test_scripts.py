@@ -415,10 +415,31 @@ def test_missing_venv_module_is_installed_by_root(
         assert_done(result)
     else:
         assert_one_line(result, 2, "has no venv module", "apt-get install python3.11-venv")
-    assert [call for call in checkout.calls if call.startswith("apt-get")] == [
-        "apt-get update",
-        "apt-get install -y --no-install-recommends python3.11-venv",
-    ]
+    calls = [call for call in checkout.calls if "install -y" in call]
+    wanted = ["python3.11-venv", "bubblewrap"] if works else ["python3.11-venv"]
+    assert calls == [f"apt-get install -y --no-install-recommends {name}" for name in wanted]
+    assert checkout.calls[checkout.calls.index(calls[0]) - 1] == "apt-get update"
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_bubblewrap_is_wished_for_and_not_needed(checkout: Checkout, root: bool) -> None:
+    (checkout.bin / "id").unlink()
+    checkout.stub(checkout.bin / "id", f"#!/bin/bash\necho {0 if root else 1000}\n")
+    checkout.stub(checkout.bin / "apt-get", APT_GET + "exit 100")
+    result = checkout.setup()
+    assert_done(result)
+    assert "note: no bubblewrap" in result.stdout
+    tried = any("install -y" in call and "bubblewrap" in call for call in checkout.calls)
+    assert tried == root
+
+
+def test_bubblewrap_that_is_there_is_left_alone(checkout: Checkout) -> None:
+    (checkout.bin / "id").unlink()
+    checkout.stub(checkout.bin / "id", "#!/bin/bash\necho 0\n")
+    checkout.stub(checkout.bin / "apt-get", APT_GET)
+    checkout.stub(checkout.bin / "bwrap", "#!/bin/bash\n")
+    assert "bubblewrap" not in checkout.setup().stdout
+    assert not any("bubblewrap" in call for call in checkout.calls)
 
 
 def test_venv_fails(checkout: Checkout) -> None:
