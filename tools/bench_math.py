@@ -17,6 +17,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import psutil
+
 from gdpo_megatron.rewards.builtin import math
 from gdpo_megatron.rewards.builtin.math_verifier import shared_verifier
 
@@ -25,16 +27,12 @@ HOSTILE = (r"9^{9^{9^{9}}}", r"\binom{10^{9}}{5 \cdot 10^{8}}", "100000000!")
 
 @dataclass(frozen=True, slots=True)
 class MathRate:
-    """Of one measurement: completions judged, of these cut off, and the time for all."""
+    """Of one measurement: completions judged, of these cut off, time and processor time for all."""
 
     num_judged: int
     num_cut_off: int
     seconds: float
-
-    @property
-    def per_second(self) -> float:
-        """Completions judged per second."""
-        return self.num_judged / self.seconds
+    cpu_seconds: float
 
 
 def measure(
@@ -60,11 +58,19 @@ def measure(
     with ThreadPoolExecutor(num_threads) as threads:
         # Processes start before the clock does, as they do before a run's first step is over.
         list(threads.map(lambda _: judge(("0.5", "1/2", "equal")), range(4 * num_threads)))
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), _cpu_seconds()
         num_cut_off = sum(threads.map(judge, cases))
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - cpu_began
     shared_verifier().close()
-    return MathRate(num_completions, num_cut_off, seconds)
+    return MathRate(num_completions, num_cut_off, seconds, cpu_seconds)
+
+
+def _cpu_seconds() -> float:
+    """Of this process, its children that have ended, and those that run."""
+    me = psutil.Process()
+    usages = [me.cpu_times(), *(child.cpu_times() for child in me.children())]
+    times = [usage.user + usage.system for usage in usages]
+    return sum(times) + usages[0].children_user + usages[0].children_system
 
 
 def _case(draw: random.Random) -> tuple[str, str, str]:
@@ -95,7 +101,8 @@ def main() -> None:
             args.num_completions, hostile_every, num_threads=args.num_threads, timeout=args.timeout
         )
         print(
-            f"math, {title}: {rate.per_second:7.1f} verifications/s "
+            f"math, {title}: {rate.num_judged / rate.seconds:7.1f} verifications/s, "
+            f"{rate.num_judged / rate.cpu_seconds:7.1f} per second of processor time "
             f"({rate.num_judged} in {rate.seconds:.1f} s, {rate.num_cut_off} cut off)"
         )
 
