@@ -13,7 +13,8 @@ class Inbox:
     """The end of a pipe that is read from.
 
     Args:
-        selector: tells when there is something; the key's data is a function to call then.
+        selector: tells when there is something; the key's data is a function to call then. None
+            leaves that to the owner, who calls `take`.
         fd: the pipe; closed by `close`.
         on_bytes: called with what came.
         on_end: called once when nothing will come any more.
@@ -21,7 +22,7 @@ class Inbox:
 
     def __init__(
         self,
-        selector: BaseSelector,
+        selector: BaseSelector | None,
         fd: int,
         on_bytes: Callable[[bytes], None],
         on_end: Callable[[], None] = lambda: None,
@@ -29,7 +30,8 @@ class Inbox:
         os.set_blocking(fd, False)
         self._selector, self._fd, self._on_bytes, self._on_end = selector, fd, on_bytes, on_end
         self._open = True
-        selector.register(fd, EVENT_READ, self.read)
+        if selector is not None:
+            selector.register(fd, EVENT_READ, self.read)
 
     def read(self) -> None:
         """Take what is there."""
@@ -45,8 +47,8 @@ class Inbox:
             self.close()
             self._on_end()
 
-    def drain(self) -> None:
-        """Take all that is there, then close; for a pipe whose writer is dead."""
+    def take(self) -> None:
+        """Take all that is there."""
         while self._open:
             try:
                 data = os.read(self._fd, _CHUNK)
@@ -55,13 +57,18 @@ class Inbox:
             if not data:
                 break
             self._on_bytes(data)
+
+    def drain(self) -> None:
+        """Take all that is there, then close; for a pipe whose writer is dead."""
+        self.take()
         self.close()
 
     def close(self) -> None:
         """Stop reading."""
         if self._open:
             self._open = False
-            self._selector.unregister(self._fd)
+            if self._selector is not None:
+                self._selector.unregister(self._fd)
             os.close(self._fd)
 
 

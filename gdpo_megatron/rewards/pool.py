@@ -43,6 +43,7 @@ _TICK_SECONDS = 0.05
 _ASYNC_GRACE_SECONDS = 2.0  # an event loop ends its overdue calls itself, if it is not blocked
 _CLOSE_SECONDS = 2.0
 _MAX_LOG_BYTES = 16 * 2**20
+_HELD_BYTES = 2**16
 
 
 @dataclass(slots=True, eq=False)
@@ -99,6 +100,7 @@ class Pool:
         self._plan, self._selector, self._replies = plan, selector, replies
         self._trainer = trainer
         self._lanes = [_Lane() for _ in plan.lanes]
+        self._held = bytearray()
         self._header: dict[str, Any] | None = None
         self._num_open = 0
         self._collecting = False
@@ -171,8 +173,15 @@ class Pool:
     def _reply_if_done(self) -> None:
         if self._collecting and not self._num_open:
             self._collecting, self._step_deadline = False, float("inf")
-            self._replies.send(line({"collected": dict(self._counts)}))
+            self._reply(line({"collected": dict(self._counts)}), now=True)
             self._counts.clear()
+
+    def _reply(self, data: bytes, *, now: bool = False) -> None:
+        """Send to the trainer, who needs nothing before all is there: many answers at a time."""
+        self._held += data
+        if now or len(self._held) > _HELD_BYTES:
+            self._replies.send(bytes(self._held))
+            self._held.clear()
 
     # ---- jobs ------------------------------------------------------------------------------------
 
@@ -216,7 +225,7 @@ class Pool:
         job = jobs[message["job"]]
         if message["column"] != job.columns[0] or len(message["results"]) != job.num_samples:
             raise ValueError("not what was asked")
-        self._replies.send(text + b"\n")
+        self._reply(text + b"\n")
         self._next_column(job)
         if not job.columns:
             del jobs[job.number]
@@ -234,7 +243,7 @@ class Pool:
     def _settle(self, job: _Job, verdict: Invalid) -> None:
         """Answer in the place of a call that never will."""
         results = [encode_result(verdict)] * job.num_samples
-        self._replies.send(line({"job": job.number, "column": job.columns[0], "results": results}))
+        self._reply(line({"job": job.number, "column": job.columns[0], "results": results}))
         self._next_column(job)
 
     # ---- workers ---------------------------------------------------------------------------------
@@ -296,7 +305,7 @@ class Pool:
     def _fail(self, what: str) -> None:
         if not self._failed:
             self._failed = True
-            self._replies.send(line({"failed": what}))
+            self._reply(line({"failed": what}), now=True)
 
     # ---- clocks ----------------------------------------------------------------------------------
 
@@ -312,6 +321,7 @@ class Pool:
                         words = f"not ready after {START_SECONDS:g} s; it wrote:\n"
                         self._fail(f"a reward worker is {words}{worker.last_words}")
                 elif jobs:
+                    worker.take_results()  # of a job that is not done; and its pipe may be full
                     self._look_at(worker, jobs, now, is_async=self._plan.lanes[number].is_async)
 
     def _look_at(

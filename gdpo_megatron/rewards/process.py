@@ -69,14 +69,22 @@ class WorkerProcess:
         jobs_read, jobs_write = os.pipe()
         results_read, results_write = os.pipe()
         output_read, output_write = os.pipe()
+        self._done = os.eventfd(0)
         pool = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
                 selector.close()  # of this copy: its number could become another file's
-                _become_worker(pool, output_write, keep=(jobs_read, results_write))
-                Worker(plan, plan.lanes[lane], jobs_read, results_write, self.running).serve()
+                _become_worker(pool, output_write, keep=(jobs_read, results_write, self._done))
+                Worker(
+                    plan,
+                    plan.lanes[lane],
+                    jobs_fd=jobs_read,
+                    results_fd=results_write,
+                    done_fd=self._done,
+                    running=self.running,
+                ).serve()
                 atexit._run_exitfuncs()  # what rewards registered; _exit skips it
                 code = 0
             except BaseException:
@@ -86,7 +94,8 @@ class WorkerProcess:
         for fd in (jobs_read, results_write, output_write):
             os.close(fd)
         self._jobs = Outbox(selector, jobs_write)
-        self._results = Inbox(selector, results_read, Lines(lambda text: on_message(self, text)))
+        self._results = Inbox(None, results_read, Lines(lambda text: on_message(self, text)))
+        selector.register(self._done, EVENT_READ, self._wake)
         self._output = Inbox(selector, output_read, self._keep_output)
         self._selector = selector
         self._pidfd = os.pidfd_open(self.pid)
@@ -95,6 +104,10 @@ class WorkerProcess:
     def send(self, data: bytes) -> None:
         """Give it a job."""
         self._jobs.send(data)
+
+    def take_results(self) -> None:
+        """Take what it has answered; each answer is one call of `on_message`."""
+        self._results.take()
 
     def finish(self) -> None:
         """Let it end when it has done what it has."""
@@ -110,8 +123,9 @@ class WorkerProcess:
     def reap(self) -> str:
         """Read what is left, close everything, end its group; returns how it ended."""
         self.ended = True
-        self._selector.unregister(self._pidfd)
-        os.close(self._pidfd)
+        for fd in (self._pidfd, self._done):
+            self._selector.unregister(fd)
+            os.close(fd)
         self._results.drain()
         self._output.drain()
         self._jobs.close()
@@ -131,6 +145,10 @@ class WorkerProcess:
     def last_words(self) -> str:
         """The end of what it printed."""
         return self._tail.decode(errors="replace").strip()
+
+    def _wake(self) -> None:
+        os.eventfd_read(self._done)
+        self.take_results()
 
     def _keep_output(self, data: bytes) -> None:
         self._tail = (self._tail + data)[-_TAIL_BYTES:]

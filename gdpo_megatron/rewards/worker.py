@@ -66,12 +66,22 @@ class Worker:
         lane: which rewards this worker runs.
         jobs_fd: pipe that jobs come from.
         results_fd: pipe that results go to.
+        done_fd: eventfd that wakes the pool up, once a job: it need not see every single answer.
         running: where an async worker notes what it is in.
     """
 
-    def __init__(self, plan: Plan, lane: Lane, jobs_fd: int, results_fd: int, running: RunningJob):
+    def __init__(
+        self,
+        plan: Plan,
+        lane: Lane,
+        *,
+        jobs_fd: int,
+        results_fd: int,
+        done_fd: int,
+        running: RunningJob,
+    ):
         self._plan, self._lane = plan, lane
-        self._jobs_fd, self._results_fd = jobs_fd, results_fd
+        self._jobs_fd, self._results_fd, self._done_fd = jobs_fd, results_fd, done_fd
         self._running = running
         self._rewards: dict[int, ResolvedReward] = {}
         self._health_checked = time.monotonic()
@@ -82,9 +92,9 @@ class Worker:
             _configure_sandbox(self._plan.sandbox)
             self._rewards = self._resolve()
         except BaseException as error:
-            self._send({"failed": f"{type(error).__name__}: {error}"})
+            self._send({"failed": f"{type(error).__name__}: {error}"}, wake=True)
             return
-        self._send({"ready": True})
+        self._send({"ready": True}, wake=True)
         if self._lane.is_async:
             asyncio.run(self._serve_async())
             return
@@ -115,7 +125,7 @@ class Worker:
             message["events"] = outcome.events
         if last and self._is_worn():
             message["worn"] = True
-        self._send(message)
+        self._send(message, wake=last)
 
     def _is_worn(self) -> bool:
         """Whether calls have left so much behind that a fresh worker should take over."""
@@ -129,10 +139,12 @@ class Worker:
             or descriptors > os.sysconf("SC_OPEN_MAX") // 2
         )
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any], *, wake: bool) -> None:
         left = memoryview(line(message))
         while left:
             left = left[os.write(self._results_fd, left) :]
+        if wake:
+            os.eventfd_write(self._done_fd, 1)
 
     # ---- async -----------------------------------------------------------------------------------
 
