@@ -1,0 +1,80 @@
+"""`doctor`: a table of what is there, exit code 1 where something needed is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from gdpo_megatron import doctor
+from gdpo_megatron.cli import main
+from gdpo_megatron.doctor import CHECKS, Finding, Level
+from gdpo_megatron.sandbox import SandboxUnavailable
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", *arguments])
+    told = capsys.readouterr()
+    return ended.value.code, told.out + told.err
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]):
+    code, text = run(capsys, "python", "packages", "machine", "engines")
+    assert code == 0
+    for what in ("python", "torch", "megatron-core", "CPU cores", "memory", "disk"):
+        assert f"  {what} " in text
+    assert "rollout engines" in text and "native" in text
+
+
+def test_unknown_check(capsys: pytest.CaptureFixture[str]):
+    code, text = run(capsys, "pyton")
+    assert (code, text) == (2, "gdpo-megatron: no check named 'pyton'; did you mean 'python'?\n")
+
+
+def test_failure_and_a_check_that_breaks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def broken():
+        yield Finding("half", Level.OK, "fine")
+        raise OSError("gone")
+
+    monkeypatch.setattr(CHECKS, "_entries", {"broken": broken})
+    assert run(capsys) == (
+        1,
+        "ok    half    fine\nFAIL  broken  the check broke: OSError('gone')\n",
+    )
+
+
+def test_package_of_another_version(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    there = {"torch": "2.12.0+cpu"}
+    monkeypatch.setattr("importlib.metadata.version", there.__getitem__)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["torch==2.13.0", "numpy>=1"])
+    code, text = run(capsys, "packages")
+    assert code == 1
+    assert text == ("FAIL  torch  2.12.0+cpu, but 2.13.0 is needed; pip install torch==2.13.0\n")
+
+
+@pytest.mark.parametrize(("works", "code"), [(("bwrap", "inner"), 0), (("inner",), 0), ((), 1)])
+def test_sandbox_layers(
+    works: tuple[str, ...],
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Started:
+        def kill(self):
+            pass
+
+    def start(mode: str, *rest: object) -> Started:
+        if mode not in works:
+            raise SandboxUnavailable(f"{mode}: install it")
+        return Started()
+
+    monkeypatch.setattr(doctor, "start_worker", start)
+    ended, text = run(capsys, "sandbox")
+    assert ended == code
+    assert ("sandbox.mode auto takes " + works[0] in text) if works else ("none works" in text)
+    for mode in ("bwrap", "inner"):
+        said = "passed its probe" if mode in works else f"{mode}: install it"
+        assert any(f"sandbox {mode}" in line and said in line for line in text.splitlines())
