@@ -161,8 +161,8 @@ class Lora:
     """The adapters of this rank's layers. Construction freezes the model and puts them into it.
 
     Args:
-        gpt: the model, with layers whose norms are modules of their own.
-        rows: (row, parameter) of its pipeline stage.
+        chunks: this rank's part of the model, with layers whose norms are modules of their own.
+        rows: (row, parameter) of them.
         config: the `model.lora` section.
         mesh: the trainer's mesh.
         seed: of the adapters.
@@ -170,7 +170,7 @@ class Lora:
 
     def __init__(
         self,
-        gpt: GPTModel,
+        chunks: Sequence[GPTModel],
         rows: Sequence[tuple[Row, torch.nn.Parameter]],
         config: LoraConfig,
         *,
@@ -179,17 +179,16 @@ class Lora:
     ):
         self.config = config
         self._adapters: dict[tuple[str, ...], Adapter] = {}
-        gpt.requires_grad_(False)
-        decoder: Any = gpt.decoder
-        layers = {layer.layer_number - 1: layer for layer in decoder.layers}
+        decoders: list[Any] = [chunk.requires_grad_(False).decoder for chunk in chunks]
+        layers = {layer.layer_number - 1: layer for it in decoders for layer in it.layers}
         for row, weight in rows:
             target = lora_target(row)
             if row.layer is None or target not in config.target_modules:
                 continue
-            adapter = Adapter(gpt.config, row, weight, lora=config, mesh=mesh, seed=seed)
             layer = layers[row.layer]
+            adapter = Adapter(layer.config, row, weight, lora=config, mesh=mesh, seed=seed)
             if not hasattr(layer, "lora"):
-                layer.lora = MegatronModule(gpt.config)
+                layer.lora = MegatronModule(layer.config)
             layer.lora.add_module(target, adapter)
             linear = layer.get_submodule(row.megatron[0].removesuffix(".weight"))
             linear.register_forward_hook(adapter.add_to)

@@ -9,7 +9,7 @@ then over data-parallel ranks. No layout and no split can change what is compute
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -91,16 +91,22 @@ class MegatronPolicy(MegatronModel):
         # The optimizer copies its main weights from the model: they must be there first.
         self.load_hf(make_reader())
         if lora is not None:
-            self.lora = Lora(self.gpt, self.stage_rows, lora, mesh=self.mesh, seed=seed)
+            self.lora = Lora(self.chunks, self.stage_rows, lora, mesh=self.mesh, seed=seed)
+        parallel: schema.ParallelConfig = model["parallel"]
         ddp_config = DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
         )
         self.ddp = [
             DistributedDataParallel(self.config, ddp_config, module) for module in self.modules
         ]
         self.modules = list(self.ddp)
+        if parallel.overlap_grad_reduce:
+            # Only the last micro-batch's gradients are complete.
+            no_sync: Any = [ddp.no_sync for ddp in self.ddp]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.optimizer = build_optimizer(optimizer, self.ddp)
         self.scheduler = build_scheduler(optimizer, self.optimizer, total_updates)
         self.config.grad_scale_func = self.optimizer.scale_loss
@@ -178,9 +184,20 @@ class MegatronPolicy(MegatronModel):
         """The model that a LoRA run started from, in the same memory."""
         return WithoutAdapters(self)
 
+    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        self._finish_param_gather()
+        yield from super().hf_tensors()
+
+    def _finish_param_gather(self) -> None:
+        """Wait for parameters whose update is still on its way from the rank that made it."""
+        for ddp in self.ddp:
+            if ddp.ddp_config.overlap_param_gather:
+                ddp.start_param_sync(force_sync=True)
+
     def sharded_state_dict(self, *, loading: bool) -> dict[str, Any]:
         """Model, optimizer and schedule as Megatron's distributed checkpoint takes them."""
         materialize_state(self.optimizer)
+        self._finish_param_gather()
         model = {f"chunk{i}": gpt.sharded_state_dict() for i, gpt in enumerate(self.chunks)}
         return {
             "model": model,
