@@ -105,7 +105,10 @@ class GDPOTrainer:
         if config.train.eval_interval:
             self.evaluator = Evaluator(config, base_dir, parts, self.engine, self.engines)
         self.checkpoints = CheckpointManager(
-            self.run_dir, keep_last=config.checkpoint.keep_last, mesh=mesh
+            self.run_dir,
+            keep_last=config.checkpoint.keep_last,
+            mesh=mesh,
+            write_hf_files=parts.write_hf_files,
         )
         self.refill_metrics: dict[str, float] = {}
         self._faulty_rewards: set[str] = set()

@@ -69,6 +69,7 @@ _BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_ADAPTERS = "layers.lora."  # where policy/lora.py puts them
 _MODEL_KEYS = ("embedding.", "decoder.", "output_layer.")
 
 
@@ -175,6 +176,11 @@ class MegatronCheckpoint:
     def _audit(self) -> None:
         problems: list[str] = []
         used: set[str] = set()
+        if adapters := [key for key in self._tensors if _ADAPTERS in key]:
+            raise InputError(
+                f"{self.folder}: has LoRA adapters ('{adapters[0]}'), which are not converted; "
+                "a run's own export has them, merged"
+            )
         for stored in stored_rows(self._arch):
             choices = [(place,) for place in stored.places] + list(stored.alternatives)
             places = next((c for c in choices if all(p.key in self._tensors for p in c)), None)

@@ -53,20 +53,29 @@ def run(
                     for _ in range(2)
                 )
                 right.load_hf(HFCheckpoint(Path(models, name), arch))
-                _spoil(loaded.gpt)
-                state: Any = dist_checkpointing.load(
-                    {"model": loaded.gpt.sharded_state_dict()}, str(Path(converted, name))
-                )
-                loaded.gpt.load_state_dict(state["model"])
-                results[layout][name] = _differences(loaded.gpt, right.gpt)
+                for chunk in loaded.chunks:
+                    _spoil(chunk)
+                state: Any = dist_checkpointing.load(_state(loaded), str(Path(converted, name)))
+                for index, chunk in enumerate(loaded.chunks):
+                    chunk.load_state_dict(state[f"chunk{index}"])
+                results[layout][name] = [
+                    difference
+                    for found, expected in zip(loaded.chunks, right.chunks, strict=True)
+                    for difference in _differences(found, expected)
+                ]
                 folder = Path(saved, layout, name)
                 folder.mkdir(parents=True, exist_ok=True)
                 dist.barrier()
                 metadata = SINGLE if layout == single else None
-                dist_checkpointing.save(
-                    {"model": right.gpt.sharded_state_dict(metadata=metadata)}, str(folder)
-                )
+                dist_checkpointing.save(_state(right, metadata), str(folder))
     return results
+
+
+def _state(model: MegatronModel, metadata: dict[str, bool] | None = None) -> dict[str, Any]:
+    return {
+        f"chunk{index}": chunk.sharded_state_dict(metadata=metadata)
+        for index, chunk in enumerate(model.chunks)
+    }
 
 
 def _spoil(model: torch.nn.Module) -> None:

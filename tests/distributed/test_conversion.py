@@ -1,9 +1,8 @@
 """Converted checkpoints are what Megatron itself reads and writes, in every layout.
 
 The converter makes distributed checkpoints without a model. Here Megatron's own loader reads them
-into real models, and its own saver writes models that the converter then reads. Left out: virtual
-stages (a VPP rank's models have the same keys), Transformer Engine's spec, bfloat16 (a dtype of the
-bytes that nobody computes with).
+into real models, and its own saver writes models that the converter then reads. Left out:
+Transformer Engine's spec, bfloat16 (nobody computes with these bytes).
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP1": {},
     "TP2": {"tp": 2},
     "PP2": {"pp": 2},
+    "PP2 x VP2": {"pp": 2, "vp": 2},
     "EP2": {"ep": 2},
     "TP2 x PP2": {"tp": 2, "pp": 2},
 }
-WORLD_SIZES = {"TP1": 1, "TP2": 2, "PP2": 2, "EP2": 2, "TP2 x PP2": 4}
+WORLD_SIZES = {"TP1": 1, "TP2": 2, "PP2": 2, "PP2 x VP2": 2, "EP2": 2, "TP2 x PP2": 4}
 SINGLE = "PP2"
 """The layout that saves a key for each layer and expert, as megatron-core can be told to."""
 
@@ -46,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """<folders>/hf/<name>, and of each <folders>/megatron/<name> in several files."""
     folder = tmp_path_factory.mktemp("conversion")
     for name in NAMES:
-        save_model(folder / "hf" / name, **MODELS[name], num_hidden_layers=3)
+        save_model(folder / "hf" / name, **MODELS[name], num_hidden_layers=4)
         convert(folder / "hf" / name, folder / "megatron" / name, to="megatron", shard_bytes=70_000)
     return folder
 

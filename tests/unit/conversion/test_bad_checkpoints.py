@@ -171,6 +171,11 @@ def add_parameter(metadata: Metadata) -> None:
     metadata.state_dict_metadata["decoder.extra.weight"] = metadata.state_dict_metadata[KEY]
 
 
+def add_adapter(metadata: Metadata) -> None:
+    key = "decoder.layers.lora.q_proj.a"
+    metadata.state_dict_metadata[key] = metadata.state_dict_metadata[KEY]
+
+
 def lose_chunk(metadata: Metadata) -> None:
     entry: Any = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
     del entry.chunks[1]
@@ -206,6 +211,7 @@ MEGATRON_DAMAGE: list[tuple[str, Change, str]] = [
         lambda f: edit_metadata(f, add_parameter),
         "parameter 'decoder.extra.weight' is not part of llama",
     ),
+    ("LoRA run", lambda f: edit_metadata(f, add_adapter), "has LoRA adapters"),
     ("chunk gone", lambda f: edit_metadata(f, lose_chunk), "linear_fc2.weight' is not whole"),
     ("file outside", lambda f: edit_metadata(f, store_outside), "points outside the folder"),
     ("metadata cut", lambda f: (f / ".metadata").write_bytes(b"\x80\x04"), ".metadata: damaged"),
