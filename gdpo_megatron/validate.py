@@ -132,6 +132,10 @@ def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
             f"parallel.virtual_pipeline_model_parallel_size is {vp}, but there is one stage only; "
             "set it to 1, or pipeline_model_parallel_size above 1"
         )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        problems.append(
+            "parallel.overlap_param_gather is true, which needs overlap_grad_reduce; set both"
+        )
     if parallel.sequence_parallel and tp == 1:
         problems.append(
             "parallel.sequence_parallel is true, but there is no tensor parallelism to share "

@@ -74,6 +74,12 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: PositiveInt = 1
     """Stages of each rank, interleaved: a smaller bubble, more messages."""
 
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data-parallel ranks while the backward pass goes on."""
+
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass goes on; needs overlap_grad_reduce."""
+
     pipeline_model_parallel_layout: str | None = None
     """Layers per stage in Megatron's notation, e.g. "Ettt|ttL" for 3 + 2 layers; null spreads them
     as evenly as possible, the longer stages first. With virtual stages, all of them in the order

@@ -40,6 +40,7 @@ def build_optimizer(
             bf16=bf16,
             params_dtype=torch.bfloat16 if bf16 else torch.float32,
             use_distributed_optimizer=True,
+            overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
         ),
         list(chunks),
         use_gloo_process_groups=False,

@@ -59,6 +59,7 @@ def in_layout(
     ep: int = 1,
     etp: int = 1,
     sp: bool = False,
+    overlap: bool = False,
     stages: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """The constructor arguments of a model in a layout; several can follow each other."""
@@ -70,6 +71,8 @@ def in_layout(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
         sequence_parallel=sp,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
         pipeline_model_parallel_layout=stages,
     )
     mesh = meshes.initialize(parallel, platform)
