@@ -102,11 +102,14 @@ class Run:
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         """This rank's part of the model's own weights."""
-        return {
-            name: p.detach().clone()
-            for name, p in self.policy.gpt.named_parameters()
-            if ".lora." not in name
-        }
+        return {n: p.detach().clone() for n, p in self.parameters() if ".lora." not in n}
+
+    def parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        return [
+            (f"{i}.{name}", parameter)
+            for i, chunk in enumerate(self.policy.chunks)
+            for name, parameter in chunk.named_parameters()
+        ]
 
     def export(self, folder: Path) -> None:
         """What Parts.export writes."""
@@ -177,7 +180,7 @@ def _case(run: Run, case: dict[str, Any]) -> dict[str, Any]:
         ],
         "start_is_base": run.logprobs(run.policy) == base,
         "start": run.adapters(),
-        "trainable": sorted(n for n, p in run.policy.gpt.named_parameters() if p.requires_grad),
+        "trainable": sorted(n for n, p in run.parameters() if p.requires_grad),
         "num_optimized": sum(
             p.numel() for group in run.policy.optimizer.param_groups for p in group["params"]
         ),

@@ -44,14 +44,18 @@ LIMITS = {
 TWO_RANKS: dict[str, dict[str, Any]] = {
     **{f"{model} tp2": {"tp": 2} for model in FAMILIES},
     **{f"{model} pp2": {"pp": 2} for model in FAMILIES},
-    "tied pp2, 0 and 3": {"pp": 2, "stages": "E|tttL"},  # a stage with nothing to train
+    "tied pp2, 0 and 4": {"pp": 2, "stages": "E|ttttL"},  # a stage with nothing to train
     "tied dp2": {},
+    "tied tp2, tokens shared": {"tp": 2, "sp": True},
+    "tied cp2": {"cp": 2},
+    "tied pp2, two chunks": {"pp": 2, "vp": 2},
 }
-MUTANTS: dict[str, str] = {
-    "no_reduction_of_columns": "adapters",
-    "no_reduction_of_rows": "losses",
-    "copies_count_twice": "grad_norms",
-    "start_of_rank": "adapters",
+MUTANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no_reduction_of_columns": ({"tp": 2}, "adapters"),
+    "no_reduction_of_rows": ({"tp": 2}, "losses"),
+    "copies_count_twice": ({"tp": 2}, "grad_norms"),
+    "start_of_rank": ({"tp": 2}, "adapters"),
+    "gradients_of_own_tokens": ({"tp": 2, "sp": True}, "adapters"),
 }
 
 
@@ -84,7 +88,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama with tied embeddings, one with biases, one with q/k norms, one with experts."""
     folder = tmp_path_factory.mktemp("lora_models")
     for name in (*FAMILIES, "qwen3_moe"):
-        save_model(folder / name, **MODELS[name], initializer_range=0.04, num_hidden_layers=3)
+        layers = 4 if name == "tied" else 3
+        save_model(folder / name, **MODELS[name], initializer_range=0.04, num_hidden_layers=layers)
     return folder
 
 
@@ -108,7 +113,7 @@ def two_ranks(models: Path, exports: Path, tmp_path_factory: pytest.TempPathFact
     for model in FAMILIES:
         cases[f"{model} tp2"]["export"] = str(exports / f"{model} tp2")
     cases["qwen3_moe ep2"] = case("qwen3_moe", {"ep": 2}, lora=ATTENTION)
-    cases |= {name: case("tied", {"tp": 2}, mutant=name) for name in MUTANTS}
+    cases |= {name: case("tied", layout, mutant=name) for name, (layout, _) in MUTANTS.items()}
     cases["bfloat16"] = case("tied", {"tp": 2}, dtype="bfloat16")
     return run(cases, 2, models, tmp_path_factory.mktemp("two") / "run")
 
@@ -227,7 +232,7 @@ def test_mistake_is_seen(mutant: str, one_rank: Results, two_ranks: Results) -> 
     """Each mistake exceeds the limit of what it breaks a hundred times over."""
     measured = differences(two_ranks[mutant], one_rank["tied"])
     print({name: f"{value:.1e}" for name, value in measured.items()})
-    broken = MUTANTS[mutant]
+    broken = MUTANTS[mutant][1]
     assert measured[broken] > 100 * LIMITS[broken]
 
 
