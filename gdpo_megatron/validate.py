@@ -7,6 +7,7 @@ their files), and Megatron is not imported.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +28,13 @@ from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
 from gdpo_megatron.run_folder import CONFIG_FILE
-from gdpo_megatron.sandbox import Sandbox, SandboxUnavailable, configure, is_sandbox_user
+from gdpo_megatron.sandbox import (
+    NUM_TRIES,
+    Sandbox,
+    SandboxUnavailable,
+    configure,
+    is_sandbox_user,
+)
 from gdpo_megatron.validate_lora import lora_problems
 
 Check = Callable[[], "list[str] | None"]
@@ -307,15 +314,32 @@ def _run(config: RLConfig, job: str) -> list[str]:
 
 
 def _sandbox(config: RLConfig, rewards: Sequence[ResolvedReward]) -> list[str]:
-    users = [reward.name for reward in rewards if is_sandbox_user(reward.fn.function)]
-    if not users:
+    using = [reward for reward in rewards if is_sandbox_user(reward.fn.function)]
+    if not using:
         return []
+    users = [reward.name for reward in using]
+    problems = [line for reward in using for line in _too_slow_programs(config, reward)]
     try:
         Sandbox(config.sandbox).close()
     except SandboxUnavailable as error:
         who = f"rewards {', '.join(users)} run programs of the model"
-        return [f"{who}: {problem}" for problem in error.problems]
-    return []
+        problems += [f"{who}: {problem}" for problem in error.problems]
+    return problems
+
+
+def _too_slow_programs(config: RLConfig, reward: ResolvedReward) -> list[str]:
+    """A program that hangs is a score of 0; cut off by the suite, it would be none."""
+    option = inspect.signature(reward.fn.function).parameters.get("max_timeouts")
+    timeouts = 0 if option is None else reward.args.get("max_timeouts", option.default)
+    longest = NUM_TRIES * config.sandbox.wall_seconds * (timeouts + 1)
+    limit = config.reward_suite.sample_timeout_seconds
+    if limit > longest:
+        return []
+    return [
+        f"reward_suite.sample_timeout_seconds is {limit:g}, but the programs of reward "
+        f"'{reward.name}' may take {longest:g} s ({NUM_TRIES} tries x sandbox.wall_seconds "
+        f"{config.sandbox.wall_seconds:g} x (max_timeouts {timeouts} + 1)); set it above that"
+    ]
 
 
 def _estimator(config: RLConfig, base_dir: Path) -> None:

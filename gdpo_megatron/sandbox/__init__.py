@@ -3,7 +3,7 @@
 `configure` is called once in each process that runs rewards, `shared_sandbox` by the rewards.
 """
 
-from gdpo_megatron.sandbox.pool import Sandbox
+from gdpo_megatron.sandbox.pool import NUM_TRIES, Sandbox
 from gdpo_megatron.sandbox.results import (
     NO_VALUE,
     Execution,
@@ -22,6 +22,7 @@ from gdpo_megatron.sandbox.shared import (
 
 __all__ = [
     "NO_VALUE",
+    "NUM_TRIES",
     "Execution",
     "Limits",
     "Sandbox",

@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 _AUTO: tuple[Isolation, ...] = ("bwrap", "inner")  # the strongest first
 _NUM_ATTEMPTS = 3
 _QUEUE_SECONDS = 300.0
+NUM_TRIES = 2
+"""Runs of a program that the wall clock ends: it may be the machine that is slow."""
 _LITTLE_CPU = 0.5  # of the limit: a run that used less may have been starved by the machine
 
 
@@ -165,7 +167,7 @@ class Sandbox:
 
     def _execute(self, request: Mapping[str, Any], stdin: str, limits: Limits | None) -> Execution:
         limits, content = limits or self.limits, stdin.encode(errors="surrogatepass")
-        starved = False
+        num_starved = 0
         done = Execution(status=Status.INFRA_ERROR, detail="not run", isolation=self.isolation)
         for attempt in range(1, _NUM_ATTEMPTS + 1):
             done = replace(self._try(request, content, limits), num_attempts=attempt)
@@ -174,9 +176,10 @@ class Sandbox:
                     break
                 _log.warning("sandbox: attempt %d failed: %s", attempt, done.detail)
                 continue
-            if not _is_starved(done, limits) or starved:
+            starved = _is_starved(done, limits)
+            num_starved += starved
+            if not starved or num_starved == NUM_TRIES:
                 break
-            starved = True  # once; who sleeps that long twice is at fault
         return done
 
     def _try(self, request: Mapping[str, Any], stdin: bytes, limits: Limits) -> Execution:
