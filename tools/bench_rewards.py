@@ -4,6 +4,9 @@ sandbox, MODE:  programs per second of the sandbox by as many workers as there a
                 the median of one program by one worker, for a program that prints a number and for
                 the reference solutions of HumanEval with one test each (left out without assets).
 
+suite:          processor time that running rewards in processes adds to them, for rewards that
+                take next to nothing, 1, 5 and 20 ms a rollout; see bench_reward_suite.py.
+
     OMP_NUM_THREADS=1 python tools/bench_rewards.py [ROW ...]
 
 A row is a function in ROWS that yields (what, value, unit); other parts of the rewards add theirs.
@@ -19,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from bench_reward_suite import suite_overhead
 
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.errors import InputError
@@ -84,6 +89,16 @@ def _reference_programs() -> list[str]:
         f"{row['prompt']}{row['canonical_solution']}\n{row['test']}\ncheck({row['entry_point']})\n"
         for row in rows
     ]
+
+
+@ROWS.register("suite")
+def suite_rows() -> Iterator[Row]:
+    """Share and microseconds per rollout that the suite adds to its rewards."""
+    for overhead in suite_overhead():
+        bare = 1e3 * overhead.bare.processor / overhead.num_rollouts
+        load = f"suite, rewards of {bare:.3g} ms a rollout"
+        yield (f"{load}, overhead", 100 * overhead.share, "%")
+        yield (f"{load}, overhead", overhead.microseconds, "us")
 
 
 def main() -> None:

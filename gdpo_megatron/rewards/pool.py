@@ -25,11 +25,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from selectors import DefaultSelector
 from typing import Any
 
 from gdpo_megatron.rewards.base import Invalid
+from gdpo_megatron.rewards.output_log import OutputLog
 from gdpo_megatron.rewards.pipes import Inbox, Lines, Outbox
 from gdpo_megatron.rewards.plan import Plan
 from gdpo_megatron.rewards.process import WorkerProcess, adopt_orphans, kill_orphans
@@ -42,7 +42,6 @@ START_SECONDS = 120.0
 _TICK_SECONDS = 0.05
 _ASYNC_GRACE_SECONDS = 2.0  # an event loop ends its overdue calls itself, if it is not blocked
 _CLOSE_SECONDS = 2.0
-_MAX_LOG_BYTES = 16 * 2**20
 _HELD_BYTES = 2**16
 
 
@@ -107,7 +106,7 @@ class Pool:
         self._step_deadline = float("inf")
         self._counts = Counter[str]()
         self._verdicts: dict[WorkerProcess, tuple[set[int], Invalid]] = {}
-        self._log = _Log(plan.log_path)
+        self._log = OutputLog(plan.log_path)
         self._failed = False
         self.ended = False
 
@@ -322,7 +321,9 @@ class Pool:
                         self._fail(f"a reward worker is {words}{worker.last_words}")
                 elif jobs:
                     worker.take_results()  # of a job that is not done; and its pipe may be full
-                    self._look_at(worker, jobs, now, is_async=self._plan.lanes[number].is_async)
+                    if jobs and worker.trusted:
+                        is_async = self._plan.lanes[number].is_async
+                        self._look_at(worker, jobs, now, is_async=is_async)
 
     def _look_at(
         self, worker: WorkerProcess, jobs: Mapping[int, _Job], now: float, *, is_async: bool
@@ -361,28 +362,6 @@ class Pool:
                 while job.columns:
                     self._settle(job, verdict)
         self._reply_if_done()
-
-
-class _Log:
-    """A file for what rewards print, made when something is; bounded."""
-
-    def __init__(self, path: str | None):
-        self._path = Path(path) if path is not None else None
-        self._num_left = _MAX_LOG_BYTES
-
-    def write(self, data: bytes) -> None:
-        if self._path is None or self._num_left <= 0:
-            return
-        self._num_left -= len(data)
-        if self._num_left <= 0:
-            data = data[: self._num_left] + b"\n(the log is full; what follows is dropped)\n"
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("ab") as file:
-                file.write(data)
-        except OSError as error:  # a full disk: what rewards print is not worth a run
-            self._num_left = 0
-            print(f"{self._path}: {error.strerror}; no more is written", file=sys.stderr)
 
 
 def main() -> None:

@@ -46,6 +46,9 @@ class WorkerProcess:
         on_message: called with (this, line) for each line that the worker sends.
         on_end: called with this when the process has ended; `reap` is due then.
         on_output: called with what the worker's rewards print.
+
+    `ready` says that it has found its rewards, `worn` that it asks to be replaced, `ended` that the
+    process is gone; `trusted` is for the pool to take away.
     """
 
     def __init__(
