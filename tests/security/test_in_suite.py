@@ -1,0 +1,99 @@
+"""Code rewards in the worker processes of a suite: scores, events, and nothing left behind.
+
+Each worker has a sandbox of its own; one that is killed takes it along. Not covered: the metrics'
+names (tests/unit/rewards).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import psutil
+from conftest import start
+
+from gdpo_megatron.config.sandbox import SandboxConfig
+from gdpo_megatron.config.schema import RewardConfig, RewardSuiteConfig
+from gdpo_megatron.rewards.suite import RewardSuite
+from gdpo_megatron.types import Completion, Prompt, Rollout
+
+TESTS = json.dumps({"asserts": ["assert f(1) == 2", "assert f(5) == 6"]})
+REWARDS = (
+    RewardConfig(name="tests", type="code_pass_rate", args={"max_timeouts": 1}),
+    RewardConfig(name="bug", type="code_bug_free", args={"max_timeouts": 1}),
+)
+SANDBOX = SandboxConfig(mode="inner", cpu_seconds=1, wall_seconds=6.0)
+
+
+def rollout(sample_id: int, program: str, answer: str | None = TESTS) -> Rollout:
+    return Rollout(
+        group_id=0,
+        sample_id=sample_id,
+        prompt=Prompt(prompt_id="row", token_ids=(1,), text="Write f.", answer=answer, metadata={}),
+        completion=Completion(
+            token_ids=(5,),
+            logprobs=(0.0,),
+            text=f"```python\n{program}\n```",
+            finish_reason="stop",
+        ),
+        policy_version=0,
+    )
+
+
+def servers() -> list[psutil.Process]:
+    """Fork servers and their programs, below this process."""
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if p.is_running() and any("recv(1 << 20)" in a for a in p.cmdline())]
+
+
+def none_left(processes: list[psutil.Process]) -> bool:
+    deadline = time.monotonic() + 20
+    while any(p.is_running() and p.status() != "zombie" for p in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_scores_and_events():
+    start("inner").close()
+    programs = [
+        ("def f(x): return x + 1", 1.0, 1.0),
+        ("def f(x): return 2", 0.5, 1.0),
+        ("def f(x): return 1 / (x - 1)", 0.0, 0.0),
+        ("def f(x", 0.0, 0.0),
+        ("import os\ndef f(x): return os.fork()", 0.0, 0.0),
+        ("def f(x): return [0] * 10**9", 0.0, 0.0),
+        ("def f(x):\n    while True: pass", 0.0, 0.0),
+        ("def f(x): return x + 1  # again", 1.0, 1.0),
+    ]
+    config = RewardSuiteConfig(num_workers=2, sample_timeout_seconds=60.0)
+    with RewardSuite(REWARDS, group_size=len(programs), config=config, sandbox=SANDBOX) as suite:
+        for number, (program, _, _) in enumerate(programs):
+            suite.submit(rollout(number, program))
+        scores = suite.collect()
+        there = servers()
+        assert len(there) == 2  # one for each worker
+    assert scores.values.tolist() == [[rate, bug] for _, rate, bug in programs]
+    once = dict.fromkeys(("compile_error", "denied", "memory", "runtime_error", "timeout"), 1)
+    assert scores.report.events == {"tests": once, "bug": once}
+    assert none_left(there)
+
+
+def test_worker_that_is_killed_takes_its_sandbox_along():
+    """The time for a sample is below the program's here, which a job may not have."""
+    start("inner").close()
+    sandbox = SandboxConfig(mode="inner", cpu_seconds=50, wall_seconds=100.0)
+    config = RewardSuiteConfig(num_workers=1, sample_timeout_seconds=4.0)
+    with RewardSuite(REWARDS[:1], group_size=2, config=config, sandbox=sandbox) as suite:
+        suite.submit(rollout(0, "while True: pass"))
+        time.sleep(2)
+        there = servers()
+        suite.submit(rollout(1, "def f(x): return x + 1"))
+        scores = suite.collect()
+        assert len(there) >= 1
+        assert none_left(there)
+    hung, right = scores.values[:, 0].tolist()
+    assert math.isnan(hung) and right == 1.0
+    assert none_left(servers())
