@@ -59,4 +59,4 @@ class FirstOfItsKind:
         return float(is_new)
 
 
-first_of_its_kind = register_reward("example_first_of_its_kind", stateful=True)(FirstOfItsKind(6))
+first_of_its_kind = register_reward("example_first_of_its_kind", stateful=True)(FirstOfItsKind(2))
