@@ -16,6 +16,7 @@ platform.prepare_megatron()
 
 import rank_mutants  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from tiny_llama import (  # noqa: E402
     GROUP_SIZE,
@@ -28,6 +29,7 @@ from tiny_llama import (  # noqa: E402
     Rollouts,
     make_rollouts,
 )
+from torch import Tensor  # noqa: E402
 
 from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig  # noqa: E402
 from gdpo_megatron.conversion.families import load_architecture  # noqa: E402
@@ -39,6 +41,7 @@ from gdpo_megatron.data.batching import (  # noqa: E402
 )
 from gdpo_megatron.distributed import mesh as meshes  # noqa: E402
 from gdpo_megatron.distributed.mesh import Mesh  # noqa: E402
+from gdpo_megatron.policy import model as policy_model  # noqa: E402
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy  # noqa: E402
 from gdpo_megatron.policy.model import MegatronModel  # noqa: E402
 from gdpo_megatron.update import (  # noqa: E402
@@ -115,6 +118,8 @@ def _case(
     reference.load_hf(HFCheckpoint(folder / f"{case['model']}_reference", arch))
     reference.freeze()
     exported = [(name, tensor.clone()) for name, tensor in policy.hf_tensors()]
+    gradients: list[dict[str, Tensor]] = []
+    _keep_gradients(policy, gradients)
     plans = plan_minibatches(
         rollouts.loss_rows,
         [len(prompt.token_ids) for prompt in rollouts.prompts],
@@ -136,7 +141,36 @@ def _case(
     result["logprobs_after"] = _logprobs(policy, rollouts, mesh)
     weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
     result["weights"] = weights if mesh.rank == 0 else {}
+    result["gradients"] = gradients if mesh.rank == 0 else []
     return result
+
+
+def _keep_gradients(policy: MegatronPolicy, kept: list[dict[str, Tensor]]) -> None:
+    """Note the reduced gradients of each update, whole and under Hugging Face names."""
+    finalize: Any = policy.config.finalize_model_grads_func
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        finalize(*args, **kwargs)
+        for ddp in policy.ddp:
+            for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
+                for bucket in buffer.buckets:
+                    _gather_shards(bucket.grad_data, buffer.data_parallel_group)
+        own = {row.hf: p for row, p in policy.stage_rows if not row.import_only}
+        kept.append({})
+        for row in policy_model.mapping_rows(policy.arch):  # as a mistake may have it
+            if not row.import_only:
+                shard = own[row.hf].main_grad.clone() if row.hf in own else None
+                whole = policy.whole_tensors(row, row.layout, shard, row.shapes)
+                kept[-1] |= {n: x.clone() for n, x in zip(row.hf, whole, strict=True)}
+
+    policy.config.finalize_model_grads_func = wrapped
+
+
+def _gather_shards(gradients: Tensor, group: Any) -> None:
+    """Each data-parallel rank has reduced a part: bring the parts together."""
+    if group.size() > 1:
+        own = gradients.chunk(group.size())[group.rank()].clone()
+        dist.all_gather_into_tensor(gradients, own, group=group)
 
 
 def _logprobs(policy: MegatronModel, rollouts: Rollouts, mesh: Mesh) -> dict[int, list[float]]:

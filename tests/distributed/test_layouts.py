@@ -32,6 +32,7 @@ Results = dict[str, dict[str, Any]]
 LIMITS = {
     "logprobs": 2e-6,  # (2.9e-7)
     "first_step": 5e-6,  # (1.2e-6) loss, gradient norm and statistics
+    "gradients": 1e-5,  # () of the worst tensor, to its largest entry, before the weights differ
     "losses": 2e-5,  # (3.7e-6) of all three steps
     "grad_norms": 3e-5,  # (1.1e-5)
     "statistics": 2e-4,  # (5e-5)
@@ -170,6 +171,12 @@ def of_logprobs(a: Mapping[int, torch.Tensor], b: Mapping[int, torch.Tensor]) ->
     return max(float(((x - y).abs() / y.abs().clamp(min=1)).max()) for x, y in pairs)
 
 
+def of_gradients(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """Largest difference of an entry, relative to the largest entry of its tensor."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in b)
+
+
 def of_weights(
     a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor], start: Mapping[str, torch.Tensor]
 ) -> tuple[float, float]:
@@ -192,6 +199,7 @@ def differences(
     return {
         "logprobs": of_logprobs(result["logprobs"], single["logprobs"]),
         "first_step": max(statistics[0].values()),
+        "gradients": of_gradients(result["gradients"][0], single["gradients"][0]),
         "losses": max(step["total"] for step in statistics),
         "grad_norms": max(step["grad_norm"] for step in statistics),
         "statistics": max(max(step.values()) for step in statistics),
