@@ -39,6 +39,7 @@ class Platform(Protocol):
         """Make `megatron.core` importable here. Call before its first import.
 
         Raises:
+            InputError: it is not installed, or in a version that is not supported.
             RuntimeError: it was imported already and would keep what must be replaced.
         """
         ...

@@ -27,6 +27,7 @@ class CpuPlatform:
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
+        "fused_residual_rmsnorm": False,
         # gloo's send is asynchronous: freeing a stage's output would free what is being sent.
         "deallocate_pipeline_outputs": False,
     }

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gdpo_megatron.platform.megatron_versions import megatron_version
+
 
 class CudaPlatform:
     """One GPU per rank."""
@@ -32,7 +34,8 @@ class CudaPlatform:
         self.device = torch.device("cuda", local_rank)
 
     def prepare_megatron(self) -> None:
-        """Megatron runs here as it is."""
+        """Megatron runs here as it is, in a version that is supported."""
+        megatron_version()
 
     def has_transformer_engine(self) -> bool:
         return importlib.util.find_spec("transformer_engine") is not None

@@ -4,9 +4,7 @@ Megatron-Core names CUDA in hundreds of places, nearly all of them the same few 
 `torch.cuda.current_device()`, `device="cuda"`, `.cuda()`, tensor type names. An import hook
 rewrites exactly these forms (RULES) while modules of `megatron.core` are loaded, and of nothing
 else: torch, other libraries and user code see the machine as it is. What is not such a form is
-replaced by name (PATCHES), each with its reason.
-
-Left out: CP, packing and FP8 need more and are not offered here.
+replaced by name (PATCHES) or stood in for (STAND_INS), each with its reason and its versions.
 """
 
 from __future__ import annotations
@@ -24,7 +22,8 @@ from typing import Any
 
 import torch
 
-from gdpo_megatron.platform import null_cuda
+from gdpo_megatron.platform import null_cuda, null_triton
+from gdpo_megatron.platform.megatron_versions import Version, megatron_version
 
 _PACKAGE = "megatron.core"
 _NULL = "_gdpo_null_cuda"  # the name of null_cuda inside rewritten modules
@@ -57,8 +56,19 @@ def _is_pinned(keyword: ast.keyword) -> bool:
 
 
 class _Rewriter(ast.NodeTransformer):
-    def __init__(self) -> None:
+    def __init__(self, stand_in: StandIn | None = None) -> None:
         self.sites: Counter[str] = Counter()
+        self._stand_in = stand_in
+
+    def visit_Import(self, node: ast.Import) -> ast.AST:
+        if self._stand_in is None:
+            return node
+        top = self._stand_in.package
+        if not all(it.name == top or it.name.startswith(f"{top}.") for it in node.names):
+            return node
+        package, _, module = self._stand_in.replacement.rpartition(".")
+        names = [ast.alias(module, it.asname or top) for it in node.names]
+        return ast.copy_location(ast.ImportFrom(package, names, 0), node)
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
@@ -94,10 +104,18 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
 
-def rewrite(source: str, path: str) -> tuple[ast.Module, Counter[str]]:
-    """Parse `source` and apply RULES; returns the tree and the number of sites by rule."""
+def rewrite(
+    source: str, path: str, stand_in: StandIn | None = None
+) -> tuple[ast.Module, Counter[str]]:
+    """Parse `source` and apply RULES; returns the tree and the number of sites by rule.
+
+    Args:
+        source: of a module.
+        path: of its file, for tracebacks.
+        stand_in: for a package that the module imports.
+    """
     tree = ast.parse(source, path)
-    rewriter = _Rewriter()
+    rewriter = _Rewriter(stand_in)
     tree = rewriter.visit(tree)
     if rewriter.sites:
         # After the docstring and the __future__ imports, which must stay first.
@@ -117,14 +135,15 @@ class _Loader(importlib.machinery.SourceFileLoader):
         raise OSError("rewritten code must not meet the byte-code cache of the original")
 
     def source_to_code(self, data: bytes, path: str, *, _optimize: int = -1) -> CodeType:
-        tree, sites = rewrite(data.decode(), path)
+        stand_ins = (it for it in STAND_INS if it.module == self.name and it.is_needed())
+        tree, sites = rewrite(data.decode(), path, next(stand_ins, None))
         rewritten_sites.update(sites)
         return compile(tree, path, "exec", dont_inherit=True, optimize=_optimize)
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
         for patch in PATCHES:
-            if patch.module == module.__name__:
+            if patch.module == module.__name__ and patch.is_needed():
                 patch.apply(module)
 
 
@@ -140,13 +159,36 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-@dataclass(frozen=True)
-class Patch:
-    """One replacement by name, applied when `module` has been executed."""
+_FOREVER: Version = (1000, 0, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ForVersions:
+    """Something that Megatron needs from version `first` on, to the one before `before`."""
 
     module: str
     reason: str
+    first: Version = (0, 0, 0)
+    before: Version = _FOREVER
+
+    def is_needed(self) -> bool:
+        """Whether the installed version needs it."""
+        return self.first <= megatron_version() < self.before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch(_ForVersions):
+    """One replacement by name, applied when `module` has been executed."""
+
     apply: Callable[[ModuleType], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StandIn(_ForVersions):
+    """What `module`, and no other, gets when it imports `package`."""
+
+    package: str
+    replacement: str
 
 
 def _disable_jit(module: Any) -> None:
@@ -174,24 +216,35 @@ def _splits_as_numpy(module: Any) -> None:
 
 PATCHES: tuple[Patch, ...] = (
     Patch(
-        "megatron.core.jit",
-        "jit_fuser is torch.compile: about 10 s at the first call, and nothing to fuse here",
-        _disable_jit,
+        module="megatron.core.jit",
+        reason="jit_fuser is torch.compile: about 10 s at the first call, nothing to fuse here",
+        apply=_disable_jit,
     ),
     Patch(
-        "megatron.core.tensor_parallel.random",
-        "the RNG tracker reads and sets the state of a CUDA generator",
-        _use_cpu_rng,
+        module="megatron.core.tensor_parallel.random",
+        reason="the RNG tracker reads and sets the state of a CUDA generator",
+        apply=_use_cpu_rng,
     ),
     Patch(
-        "megatron.core.transformer.moe.moe_utils",
-        "without Transformer Engine the router asks for a name that was never defined",
-        _no_general_gemm,
+        module="megatron.core.transformer.moe.moe_utils",
+        reason="without Transformer Engine the router asks for a name that was never defined",
+        before=(0, 19, 0),  # there it is defined as None
+        apply=_no_general_gemm,
     ),
     Patch(
-        "megatron.core.transformer.moe.token_dispatcher",
-        "split sizes become numbers only on their way from a GPU, and all_to_all wants numbers",
-        _splits_as_numpy,
+        module="megatron.core.transformer.moe.token_dispatcher",
+        reason="split sizes become numbers only on their way from a GPU; all_to_all wants numbers",
+        apply=_splits_as_numpy,
+    ),
+)
+
+STAND_INS: tuple[StandIn, ...] = (
+    StandIn(
+        module="megatron.core.transformer.moe.ops.paged_stash",
+        reason="it defines kernels for stashing activations, and every GPTModel imports it",
+        first=(0, 19, 0),
+        package="triton",
+        replacement=null_triton.__name__,
     ),
 )
 
@@ -200,8 +253,10 @@ def install() -> None:
     """Install the hook; a second call does nothing.
 
     Raises:
+        InputError: no megatron.core, or a version that is not supported.
         RuntimeError: megatron.core was imported before, and so holds the original code.
     """
+    megatron_version()
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     loaded = [name for name in sys.modules if name == _PACKAGE or name.startswith(_PACKAGE + ".")]

@@ -25,6 +25,7 @@ from gdpo_megatron.config import schema
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.data.batching import MicroBatch
 from gdpo_megatron.policy.lora import Lora
+from gdpo_megatron.policy.megatron_api import build_config, set_fields
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.optimizer import (
     build_optimizer,
@@ -93,7 +94,8 @@ class MegatronPolicy(MegatronModel):
         if lora is not None:
             self.lora = Lora(self.chunks, self.stage_rows, lora, mesh=self.mesh, seed=seed)
         parallel: schema.ParallelConfig = model["parallel"]
-        ddp_config = DistributedDataParallelConfig(
+        ddp_config = build_config(
+            DistributedDataParallelConfig,
             use_distributed_optimizer=True,
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -106,13 +108,16 @@ class MegatronPolicy(MegatronModel):
         if parallel.overlap_grad_reduce:
             # Only the last micro-batch's gradients are complete.
             no_sync: Any = [ddp.no_sync for ddp in self.ddp]
-            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+            set_fields(self.config, no_sync_func=no_sync if len(no_sync) > 1 else no_sync[0])
         self.optimizer = build_optimizer(optimizer, self.ddp)
         self.scheduler = build_scheduler(optimizer, self.optimizer, total_updates)
-        self.config.grad_scale_func = self.optimizer.scale_loss
-        # The denominator is the loss function's; Megatron's own division by tokens is left out.
-        self.config.finalize_model_grads_func = lambda model, _tokens, **kw: finalize_model_grads(
-            model, None, **kw
+        set_fields(
+            self.config,
+            grad_scale_func=self.optimizer.scale_loss,
+            # The denominator is the loss function's; Megatron's own division by tokens is left out.
+            finalize_model_grads_func=lambda model, _tokens, **kw: finalize_model_grads(
+                model, None, **kw
+            ),
         )
 
     def update(

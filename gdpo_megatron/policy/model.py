@@ -32,6 +32,7 @@ from gdpo_megatron.policy.context_parallel import gather_rows, own_tokens
 from gdpo_megatron.policy.layer_spec import block_spec
 from gdpo_megatron.policy.logprobs import logprobs_and_entropy
 from gdpo_megatron.policy.lora import Lora
+from gdpo_megatron.policy.megatron_api import build_gpt
 from gdpo_megatron.policy.transformer_config import transformer_config
 
 
@@ -91,7 +92,7 @@ class MegatronModel:
         spec: Any = block_spec(
             self.config, self.platform, fused_norms=self._fused_norms, vp_stage=vp_stage
         )
-        gpt = GPTModel(
+        gpt = build_gpt(
             self.config,
             spec,
             vocab_size=arch.padded_vocab_size(self.mesh.tp_size),

@@ -20,6 +20,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from gdpo_megatron.config import schema
+from gdpo_megatron.policy.megatron_api import build_config
 
 
 def build_optimizer(
@@ -28,7 +29,8 @@ def build_optimizer(
     """AdamW with the distributed optimizer; biases and norms are not decayed (Megatron's rule)."""
     bf16 = bool(chunks[0].config.bf16)
     optimizer = get_megatron_optimizer(
-        OptimizerConfig(
+        build_config(
+            OptimizerConfig,
             optimizer="adam",
             lr=config.lr,
             min_lr=config.min_lr,

@@ -12,6 +12,7 @@ from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.platform import Platform
+from gdpo_megatron.policy.megatron_api import build_config
 
 
 def transformer_config(
@@ -30,7 +31,8 @@ def transformer_config(
         stages[0].insert(0, "embedding")
         stages[-1].append("loss")
         layout = stages
-    return TransformerConfig(
+    return build_config(
+        TransformerConfig,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         ffn_hidden_size=arch.intermediate_size,
