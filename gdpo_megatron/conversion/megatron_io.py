@@ -153,8 +153,10 @@ class MegatronCheckpoint:
         try:
             self._reader.read_data(plan, _IntoTensor(target.view(wanted.sizes))).wait()
         except Exception as error:  # zip, pickle and file errors of a damaged file
+            # What torch says of such a file is long, and advice that must not be followed.
+            reason = one_line(error) if isinstance(error, OSError) else "its bytes are damaged"
             raise InputError(
-                f"{self.folder}: '{place.key}' cannot be read: {one_line(error)}"
+                f"{self.folder}: '{_shown(place)}' cannot be read: {reason}"
             ) from error
 
     def _chunks_near(self, place: Place) -> list[ChunkStorageMetadata]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import Metadata
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.conversion.checks import num_non_finite
 from gdpo_megatron.conversion.convert import convert
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import RandomWeights
@@ -50,7 +51,7 @@ def refused(source: Path, tmp_path: Path, to: Any, **options: Any) -> str:
     """The one line that a conversion is refused with; nothing is left of it."""
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(InputError) as caught:
-        convert(source, tmp_path / "out", to=to, **options)
+        convert(source, tmp_path / "out", to=to, shard_bytes=4000, **options)
     assert {path.name for path in tmp_path.iterdir()} == before
     (problem,) = caught.value.problems
     assert "\n" not in problem
@@ -128,6 +129,20 @@ def test_damaged_hugging_face(
     assert message in refused(hf, tmp_path, to)
 
 
+@pytest.mark.parametrize(
+    ("values", "count"),
+    [
+        ([1.0, -2.0], 0),
+        ([1.0, float("inf")], 1),
+        ([float("-inf"), 1.0], 1),
+        ([float("nan"), 1.0, float("inf")], 2),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_num_non_finite(values: list[float], count: int, dtype: torch.dtype) -> None:
+    assert num_non_finite(torch.tensor(values, dtype=dtype)) == count
+
+
 @pytest.mark.parametrize("to", ["megatron", "hf"])
 def test_not_finite(to: Any, hf: Path, tmp_path: Path) -> None:
     """A warning with names and numbers, on the screen and in the manifest; the values stay."""
@@ -192,14 +207,14 @@ def truncate_last(folder: Path) -> None:
 
 
 def zero_file(folder: Path) -> None:
-    path = folder / "__0_0.distcp"
+    path = folder / "__2_0.distcp"  # others are written before it is read
     path.write_bytes(bytes(path.stat().st_size))
 
 
 MEGATRON_DAMAGE: list[tuple[str, Change, str]] = [
     ("truncated", truncate_last, "damaged file: its end is missing"),
     ("file gone", lambda f: (f / "__1_0.distcp").unlink(), "__1_0.distcp: is missing"),
-    ("zeros", zero_file, "'embedding.word_embeddings.weight' cannot be read: "),
+    ("zeros", zero_file, " cannot be read: its bytes are damaged"),
     (
         "missing parameter",
         lambda f: edit_metadata(f, lambda m: m.state_dict_metadata.pop(KEY)),

@@ -5,6 +5,7 @@ Power failures are out of reach of a test: that files and folders are synced is 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -243,6 +244,25 @@ def test_unsure_files_are_written_again(
     convert(source, tmp_path / "out", to=to, shard_bytes=SHARD, progress=watch)
     assert watch.messages == [f"going on: {partial} has {count - 1} finished files"]
     assert not (tmp_path / "out" / "rest.tmp").exists()
+    assert_complete(tmp_path / "out", source)
+
+
+def test_journal_survives_a_full_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Going on before there is room again loses nothing."""
+    partial = interrupted(source, tmp_path, "megatron")
+    before = (partial / ".journal").read_text()
+
+    def no_room(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", no_room)
+        with pytest.raises(InputError, match="keeps the finished files"):
+            convert(source, tmp_path / "out", to="megatron", shard_bytes=SHARD)
+    assert (partial / ".journal").read_text() == before
+    convert(source, tmp_path / "out", to="megatron", shard_bytes=SHARD)
     assert_complete(tmp_path / "out", source)
 
 
