@@ -1,7 +1,8 @@
 """The `memory` section: less memory for more computation or communication.
 
 The recompute keys have Megatron's names and Megatron's meaning. Of its modules, those are offered
-that the models here have and whose recomputation gives memory back.
+that the models here have. Not layernorm: Megatron 0.16 recomputes norms with Transformer Engine
+only, whose layers have their norms inside of linear ones, where there is none to recompute.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pydantic import model_validator
 
 from gdpo_megatron.config.section import PositiveInt, section
 
-RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe"]
+RecomputeModule = Literal["core_attn", "mlp", "moe"]
 
 
 @section
@@ -24,8 +25,8 @@ class MemoryConfig:
     those of recompute_modules (selective), or of whole layers (full); null keeps all."""
 
     recompute_modules: tuple[RecomputeModule, ...] | None = None
-    """For selective: attention without its projections (core_attn), norms (layernorm), dense MLPs
-    (mlp), mixtures of experts (moe); null means core_attn."""
+    """For selective: attention without its projections (core_attn), dense MLPs (mlp), mixtures of
+    experts (moe); null means core_attn."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """For full: every so many layers are one unit, of which only the input is kept (uniform), or

@@ -71,7 +71,7 @@ class LabelHead:
     def _forward(
         self, hidden: Tensor, weight: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, None]:
-        """As ColumnParallelLinear's; hidden [s, b, h], or [s / tp, b, h] of sequence parallelism."""
+        """As ColumnParallelLinear: hidden [s, b, h], with sequence parallelism [s / tp, b, h]."""
         request = self._request
         if request is None:
             return self._logits(hidden, weight=weight, **options)
