@@ -147,6 +147,32 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
             "(also 2, 3, 4 and 1 more lines)"
         ],
     ),
+    "adapters of rank 0": (
+        "--model.lora.rank 0",
+        ["model.lora.rank: 0 is not allowed; needs int > 0"],
+    ),
+    "adapters nowhere": (
+        "--model.lora.target_modules []",
+        ["model.lora: target_modules is empty; nothing would be trained"],
+    ),
+    "adapters on no layer": (
+        "--model.lora.target_modules [q_proj]",
+        [
+            'model.lora.target_modules: ["q_proj"] is not allowed; needs list, each one of '
+            "linear_qkv, linear_proj, linear_fc1, linear_fc2"
+        ],
+    ),
+    "adapters twice": (
+        "--model.lora.target_modules [linear_fc1,linear_fc1]",
+        ["model.lora: target_modules names a layer twice: ['linear_fc1', 'linear_fc1']"],
+    ),
+    "adapters of random weights": (
+        "--model.lora {} --model.init random",
+        [
+            "model.init is random: adapters would belong to weights that are in no model folder; "
+            "set model.lora: null, or model.init: pretrained"
+        ],
+    ),
     "no model": ("--model.hf_path modle", ["model.hf_path: no folder {here}/modle"]),
     "no tokenizer": (
         "--model.tokenizer_path nowhere",
@@ -279,6 +305,41 @@ def test_config_files(job: Job, run_cli: Cli, name: str):
     changes, expected = CHANGES[name]
     job.edit(changes)
     assert refused(job, run_cli, "train", "config.yaml") == expected
+
+
+def test_adapters_on_experts(
+    job: Job,
+    run_cli: Cli,
+    model_folder: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+):
+    (job.folder / "model").unlink()
+    (job.folder / "model").symlink_to(model_folder("qwen3_moe"))
+    capsys.readouterr()  # transformers shows how it writes the model
+    assert refused(job, run_cli, "train", "config.yaml", "--model.lora.rank", "4") == [
+        "model.lora.target_modules: qwen3_moe has no linear_fc1, linear_fc2, whose experts get no "
+        "adapters; choices: linear_qkv, linear_proj"
+    ]
+    targets = ("--model.lora.target_modules", "[linear_qkv]")
+    assert run_cli("train", "config.yaml", *targets).code == 0
+
+
+def test_a_run_goes_on_with_the_adapters_it_began_with(job: Job, run_cli: Cli):
+    lora = ("--model.lora.rank", "4", "--model.lora.target_modules", "[linear_qkv]")
+    assert run_cli("train", "config.yaml", *lora).code == 0
+    done = job.folder / "run/checkpoints/step_00000002"
+    assert run_cli("train", "config.yaml").code == 0  # there is nothing yet to go on from
+    assert run_cli("train", "config.yaml", *lora).code == 0
+    done.mkdir(parents=True)
+    (done / "run.json").write_text("{}")
+    assert run_cli("train", "config.yaml", *lora).code == 0
+    before = "model.lora: the checkpoints in {here}/run were made with rank 4, alpha 32.0, "
+    before += 'target_modules ["linear_qkv"], the config says '
+    after = "; go on as before, or with another run_dir"
+    assert refused(job, run_cli, "train", "config.yaml") == [f"{before}null{after}"]
+    assert refused(job, run_cli, "train", "config.yaml", *lora, "--model.lora.alpha", "8") == [
+        f'{before}rank 4, alpha 8.0, target_modules ["linear_qkv"]{after}'
+    ]
 
 
 # ---- rows ----------------------------------------------------------------------------------------
