@@ -39,7 +39,7 @@ class Attack:
 
     program: str
     ends: tuple[str, ...] = ("ok",)
-    seconds: float = 5.0
+    seconds: float = 30.0
 
     @property
     def source(self) -> str:

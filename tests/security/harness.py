@@ -30,7 +30,7 @@ VARIABLE = "GDPO_TEST_SECRET"
 def quick_config(mode: str, **options) -> SandboxConfig:
     """Limits that let a hanging program hang for short."""
     return SandboxConfig(
-        mode=mode, cpu_seconds=1, wall_seconds=5.0, memory_mb=256, max_output_kb=64, **options
+        mode=mode, cpu_seconds=1, wall_seconds=30.0, memory_mb=256, max_output_kb=64, **options
     )
 
 

@@ -23,7 +23,7 @@ REWARDS = (
     RewardConfig(name="tests", type="code_pass_rate", args={"max_timeouts": 1}),
     RewardConfig(name="bug", type="code_bug_free", args={"max_timeouts": 1}),
 )
-SANDBOX = SandboxConfig(mode="inner", cpu_seconds=1, wall_seconds=6.0)
+SANDBOX = SandboxConfig(mode="inner", cpu_seconds=1, wall_seconds=30.0)
 
 
 def rollout(sample_id: int, program: str, answer: str | None = TESTS) -> Rollout:
@@ -41,10 +41,14 @@ def rollout(sample_id: int, program: str, answer: str | None = TESTS) -> Rollout
     )
 
 
-def servers() -> list[psutil.Process]:
-    """Fork servers and their programs, below this process."""
-    found = psutil.Process().children(recursive=True)
-    return [p for p in found if p.is_running() and any("recv(1 << 20)" in a for a in p.cmdline())]
+def servers(suite: RewardSuite) -> list[psutil.Process]:
+    """Fork servers and their programs, below a suite's processes."""
+    assert suite._pool is not None
+    return [
+        process
+        for process in psutil.Process(suite._pool.pid).children(recursive=True)
+        if any("recv(1 << 20)" in argument for argument in process.cmdline())
+    ]
 
 
 def none_left(processes: list[psutil.Process]) -> bool:
@@ -68,13 +72,13 @@ def test_scores_and_events():
         ("def f(x):\n    while True: pass", 0.0, 0.0),
         ("def f(x): return x + 1  # again", 1.0, 1.0),
     ]
-    config = RewardSuiteConfig(num_workers=2, sample_timeout_seconds=60.0)
+    config = RewardSuiteConfig(num_workers=2, sample_timeout_seconds=150.0)
     with RewardSuite(REWARDS, group_size=len(programs), config=config, sandbox=SANDBOX) as suite:
         for number, (program, _, _) in enumerate(programs):
             suite.submit(rollout(number, program))
         scores = suite.collect()
-        there = servers()
-        assert len(there) == 2  # one for each worker
+        there = servers(suite)
+        assert 1 <= len(there) <= 2  # one for each worker that had work
     assert scores.values.tolist() == [[rate, bug] for _, rate, bug in programs]
     once = dict.fromkeys(("compile_error", "denied", "memory", "runtime_error", "timeout"), 1)
     assert scores.report.events == {"tests": once, "bug": once}
@@ -85,15 +89,16 @@ def test_worker_that_is_killed_takes_its_sandbox_along():
     """The time for a sample is below the program's here, which a job may not have."""
     start("inner").close()
     sandbox = SandboxConfig(mode="inner", cpu_seconds=50, wall_seconds=100.0)
-    config = RewardSuiteConfig(num_workers=1, sample_timeout_seconds=4.0)
+    config = RewardSuiteConfig(num_workers=1, sample_timeout_seconds=10.0)
     with RewardSuite(REWARDS[:1], group_size=2, config=config, sandbox=sandbox) as suite:
         suite.submit(rollout(0, "while True: pass"))
         time.sleep(2)
-        there = servers()
+        there = servers(suite)
         suite.submit(rollout(1, "def f(x): return x + 1"))
         scores = suite.collect()
         assert len(there) >= 1
         assert none_left(there)
+        there = servers(suite)
     hung, right = scores.values[:, 0].tolist()
     assert math.isnan(hung) and right == 1.0
-    assert none_left(servers())
+    assert none_left(there)

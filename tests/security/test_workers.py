@@ -93,7 +93,7 @@ def test_worker_killed_in_a_run(sandbox: Sandbox):
     with start(sandbox.isolation) as victim, ThreadPoolExecutor(1) as thread:
         (pid,) = pids(victim)
         run = thread.submit(victim.run, "import time\ntime.sleep(1)\nprint('done')")
-        time.sleep(0.3)
+        assert wait_until(psutil.Process(pid).children)  # the program runs
         os.kill(pid, signal.SIGKILL)
         done = run.result()
         assert (done.status, done.stdout, done.num_attempts) == (Status.OK, "done\n", 2)
@@ -124,8 +124,9 @@ def test_wall_clock_without_cpu_is_tried_twice(sandbox: Sandbox):
 
 def test_closed_sandbox_ends_its_runs():
     with start("inner") as sandbox, ThreadPoolExecutor(1) as thread:
-        run = thread.submit(sandbox.run, "import time\ntime.sleep(4)")
-        time.sleep(0.2)
+        run = thread.submit(sandbox.run, "import time\ntime.sleep(20)")
+        (pid,) = pids(sandbox)
+        assert wait_until(psutil.Process(pid).children)
         sandbox.close()
         assert run.result().status is Status.INFRA_ERROR
 
@@ -213,7 +214,6 @@ from gdpo_megatron.sandbox import Sandbox
 sandbox = Sandbox(SandboxConfig(mode=sys.argv[1], cpu_seconds=50, wall_seconds=60))
 threads = ThreadPoolExecutor(1)
 run = threads.submit(sandbox.run, "while True: pass")
-time.sleep(0.5)
 print(*(worker.pid for worker in sandbox._workers), flush=True)
 run.result()
 """
@@ -225,8 +225,8 @@ def test_dies_with_its_owner(sandbox: Sandbox):
     with subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, text=True) as owner:
         assert owner.stdout is not None
         worker = psutil.Process(int(owner.stdout.readline()))
+        assert wait_until(worker.children)  # the program runs
         family = [*psutil.Process(owner.pid).children(recursive=True), worker]
-        assert len(family) > 2  # the server and the program at least
         owner.kill()
     assert wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
 
