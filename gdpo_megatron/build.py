@@ -69,9 +69,9 @@ class Parts:
             "platform": self.platform,
         }
 
-    def frozen_model(self) -> MegatronModel:
+    def frozen_model(self, packing: bool) -> MegatronModel:
         """A model with the initial weights that is never updated: the reference."""
-        model = MegatronModel(self.arch, **self.model_kwargs())  # pyright: ignore[reportArgumentType]
+        model = MegatronModel(self.arch, packing=packing, **self.model_kwargs())  # pyright: ignore[reportArgumentType]
         model.load_hf(self.reader())
         model.freeze()
         return model

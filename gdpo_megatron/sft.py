@@ -15,12 +15,8 @@ from gdpo_megatron.build import Parts
 from gdpo_megatron.checkpoint import CheckpointManager
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import SFTConfig
-from gdpo_megatron.data.batching import (
-    MicroBatch,
-    assign_rows,
-    make_micro_batches,
-    sequence_cost,
-)
+from gdpo_megatron.data.batching import MicroBatch, make_micro_batches
+from gdpo_megatron.data.micro_batching import assign_rows, sequence_cost
 from gdpo_megatron.data.prompts import load_sft_rows
 from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.interrupt import Interrupt
@@ -68,8 +64,10 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
         make_reader=parts.reader,
         lora=config.model.lora,
         seed=config.seed,
+        packing=train.packing,
         **parts.model_kwargs(),
     )
+    batching = policy.micro_batching(train)
     checkpoints = CheckpointManager(
         run_dir,
         keep_last=config.checkpoint.keep_last,
@@ -93,15 +91,14 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
             began = time.perf_counter()
             display.phase("update")
             batch = [rows[i] for i in sampler.next_batch()]
-            costs = [
-                sequence_cost(len(r.prompt_ids) + len(r.completion_ids), parts.arch.hidden_size)
-                for r in batch
-            ]
-            own = [batch[i] for i in assign_rows(costs, mesh.dp_size)[mesh.dp_rank]]
+            lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in batch]
+            costs = [sequence_cost(length, parts.arch.hidden_size) for length in lengths]
+            ranks = assign_rows(costs, mesh.dp_size)
+            own = [batch[i] for i in ranks[mesh.dp_rank]]
             micro_batches = make_micro_batches(
                 [(r.prompt_ids, r.completion_ids) for r in own],
-                micro_batch_size=train.micro_batch_size,
-                min_micro_batches=1,
+                batching,
+                peers=[[lengths[i] for i in ids] for ids in ranks],
             )
             num_tokens = sum(len(r.completion_ids) for r in batch)
             stats = policy.update(micro_batches, CrossEntropy(num_tokens), temperature=1.0)

@@ -79,13 +79,17 @@ class GDPOTrainer:
             make_reader=parts.reader,
             lora=config.model.lora,
             seed=config.seed,
+            packing=config.train.packing,
             **parts.model_kwargs(),
         )
+        self.batching = self.policy.micro_batching(config.train)
         self.reference: MegatronModel | WithoutAdapters | None = None
         if needs_reference(config.loss):
             # A LoRA policy still holds the model that it started from: no second one is needed.
             lora = self.policy.lora is not None
-            self.reference = self.policy.without_adapters() if lora else parts.frozen_model()
+            self.reference = (
+                self.policy.without_adapters() if lora else parts.frozen_model(config.train.packing)
+            )
         self.engine, self.engines = parts.engine(
             rollout.engine, rollout.tensor_parallel_size, rollout.max_concurrent_sequences
         )
@@ -298,8 +302,8 @@ class GDPOTrainer:
                     prompts,
                     advantages.advantages,
                     group_size=config.rollout.group_size,
-                    micro_batch_size=config.train.micro_batch_size,
-                    mesh=mesh,
+                    batching=self.batching,
+                    dp_rank=mesh.dp_rank,
                 )
                 for plan in plans
             ]

@@ -17,13 +17,11 @@ from gdpo_megatron.algorithms import loss_denominator, policy_loss_terms
 from gdpo_megatron.config.loss import LossConfig
 from gdpo_megatron.data.batching import (
     MicroBatch,
-    assign_rows,
     make_micro_batches,
     place_token_values,
     select_row_values,
-    sequence_cost,
 )
-from gdpo_megatron.distributed.mesh import Mesh
+from gdpo_megatron.data.micro_batching import MicroBatching, assign_rows, sequence_cost
 from gdpo_megatron.types import Prompt
 
 
@@ -33,11 +31,13 @@ class MinibatchPlan:
 
     Args:
         samples: sample ids of each data-parallel rank.
+        row_lengths: tokens of each of them, prompt and completion.
         num_loss_tokens: completion tokens, over all ranks.
         num_loss_rows: rows, over all ranks.
     """
 
     samples: list[list[int]]
+    row_lengths: list[list[int]]
     num_loss_tokens: int
     num_loss_rows: int
 
@@ -68,13 +68,12 @@ def plan_minibatches(
     turn = {group: i for i, group in enumerate(dict.fromkeys(s // group_size for s in counted))}
     for minibatch in range(num_minibatches):
         samples = [s for s in counted if turn[s // group_size] % num_minibatches == minibatch]
-        costs = [
-            sequence_cost(prompt_lengths[s // group_size] + lengths[s], hidden_size)
-            for s in samples
-        ]
+        row_lengths = [prompt_lengths[s // group_size] + lengths[s] for s in samples]
+        ranks = assign_rows([sequence_cost(n, hidden_size) for n in row_lengths], dp_size)
         plans.append(
             MinibatchPlan(
-                samples=[[samples[i] for i in rows] for rows in assign_rows(costs, dp_size)],
+                samples=[[samples[i] for i in rows] for rows in ranks],
+                row_lengths=[[row_lengths[i] for i in rows] for rows in ranks],
                 num_loss_tokens=sum(lengths[s] for s in samples),
                 num_loss_rows=len(samples),
             )
@@ -106,8 +105,8 @@ def rollout_micro_batches(
     advantages: Tensor,
     *,
     group_size: int,
-    micro_batch_size: int,
-    mesh: Mesh,
+    batching: MicroBatching,
+    dp_rank: int,
 ) -> list[RolloutMicroBatch]:
     """Micro-batches of this data-parallel rank's part of a minibatch; at least one.
 
@@ -117,10 +116,10 @@ def rollout_micro_batches(
         prompts: [P] the step's prompts.
         advantages: [B].
         group_size: G.
-        micro_batch_size: rows of a micro-batch.
-        mesh: the trainer's mesh.
+        batching: which rows share a micro-batch.
+        dp_rank: this one.
     """
-    samples = plan.samples[mesh.dp_rank]
+    samples = plan.samples[dp_rank]
     rows = [(prompts[s // group_size].token_ids, tokens[s][0]) for s in samples]
     logprobs = [tokens[s][1] for s in samples]
     own = advantages[torch.tensor(samples, dtype=torch.int64)].float()
@@ -130,13 +129,12 @@ def rollout_micro_batches(
             labels=batch.labels,
             position_ids=batch.position_ids,
             loss_mask=batch.loss_mask,
+            lengths=batch.lengths,
             row_ids=batch.row_ids,
             advantages=select_row_values(own, batch),
             rollout_logprobs=place_token_values(logprobs, batch),
         )
-        for batch in make_micro_batches(
-            rows, micro_batch_size=micro_batch_size, min_micro_batches=1
-        )
+        for batch in make_micro_batches(rows, batching, peers=plan.row_lengths)
     ]
 
 

@@ -90,6 +90,7 @@ def _checks(
         suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
 
     yield lambda: _world(parallel, world_size)
+    yield lambda: _packing(config)
     yield lambda: _run_dir(job, config, base_dir)
     yield load_arch
     yield read_tokenizer
@@ -149,6 +150,17 @@ def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
             "tokens with; set it to false, or parallel.tensor_model_parallel_size above 1"
         )
     return problems
+
+
+def _packing(config: RLConfig | SFTConfig) -> list[str]:
+    cp = config.parallel.context_parallel_size
+    if config.train.packing and cp > 1:
+        return [
+            f"train.packing is true, but parallel.context_parallel_size is {cp}: its ranks share "
+            "each row in pieces, and rows that lie end to end have no such pieces; set one of them "
+            "to false or 1"
+        ]
+    return []
 
 
 def _run_dir(job: str, config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:

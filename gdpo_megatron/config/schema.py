@@ -257,7 +257,24 @@ class OptimizerConfig:
 
 
 @section
-class TrainConfig:
+class MicroBatchConfig:
+    """What one forward and backward pass on one data-parallel rank holds."""
+
+    micro_batch_size: PositiveInt = 4
+    """Rows of one forward and backward pass on one data-parallel rank; not used where
+    max_tokens_per_micro_batch is set."""
+
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """As many rows as stay within so many tokens, padding included; a longer row gets a pass of its
+    own. null takes micro_batch_size rows, whatever their length."""
+
+    packing: bool = False
+    """Lay the rows of a pass end to end instead of padding them to the longest: the same numbers,
+    no work for padding. Not with context parallelism."""
+
+
+@section
+class TrainConfig(MicroBatchConfig):
     """Length of the run and size of its batches."""
 
     num_steps: PositiveInt = 100
@@ -266,15 +283,12 @@ class TrainConfig:
     num_minibatches_per_step: PositiveInt = 1
     """Optimizer steps that a rollout batch is split into."""
 
-    micro_batch_size: PositiveInt = 4
-    """Rows of one forward and backward pass on one data-parallel rank."""
-
     eval_interval: NonNegativeInt = 0
     """Evaluate on data.eval every so many steps; 0 means never."""
 
 
 @section
-class SFTTrainConfig:
+class SFTTrainConfig(MicroBatchConfig):
     """Length of the run and size of its batches."""
 
     num_steps: PositiveInt = 100
@@ -284,7 +298,8 @@ class SFTTrainConfig:
     """Rows of one optimizer step, over all ranks."""
 
     micro_batch_size: PositiveInt = 16
-    """Rows of one forward and backward pass on one data-parallel rank."""
+    """Rows of one forward and backward pass on one data-parallel rank; not used where
+    max_tokens_per_micro_batch is set."""
 
 
 @section

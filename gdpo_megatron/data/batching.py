@@ -1,20 +1,20 @@
-"""From rows of tokens to balanced, padded micro-batches, and per-token values there and back.
+"""From rows of tokens to micro-batches, and per-token values there and back.
 
-Rows (prompt and completion) are first assigned to the data-parallel ranks so that all have about
-the same work, then each rank sorts its rows by length, so that padding is small, and cuts them into
-micro-batches. `row_ids` remembers which row went where. Nothing here communicates: every rank
-computes the same assignment from the same lengths.
+micro_batching.py says which rows share a micro-batch; here they become tensors. `row_ids` remembers
+which row went where. A micro-batch always has its rows side by side, padded on the right: whether a
+model computes the padding is the model's affair (see policy/token_layout.py).
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+
+from gdpo_megatron.data.micro_batching import MicroBatching
 
 TokenRow = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt (at least one) and of its completion (may be empty)."""
@@ -36,6 +36,7 @@ class MicroBatch:
         position_ids: [b, S] int64, 0 to S - 1.
         loss_mask: [b, S] bool; true where the label is a completion token, its end token included.
             It comes from lengths, never from token values.
+        lengths: [b] int64, positions that a row takes, at least 1; the rest is padding.
         row_ids: [b] int64, index into the rows it was made from; -1 marks filler without loss.
     """
 
@@ -43,6 +44,7 @@ class MicroBatch:
     labels: Tensor
     position_ids: Tensor
     loss_mask: Tensor
+    lengths: Tensor
     row_ids: Tensor
 
     def __post_init__(self) -> None:
@@ -55,16 +57,23 @@ class MicroBatch:
                     f"MicroBatch.{name} must be {dtype} {tuple(shape)}, "
                     f"got {tensor.dtype} {tuple(tensor.shape)}"
                 )
-        if self.row_ids.shape != shape[:1] or self.row_ids.dtype != torch.int64:
-            raise ValueError(
-                f"MicroBatch.row_ids must be torch.int64 {tuple(shape[:1])}, "
-                f"got {self.row_ids.dtype} {tuple(self.row_ids.shape)}"
-            )
+        for name in ("lengths", "row_ids"):
+            tensor = getattr(self, name)
+            if tensor.shape != shape[:1] or tensor.dtype != torch.int64:
+                raise ValueError(
+                    f"MicroBatch.{name} must be torch.int64 {tuple(shape[:1])}, "
+                    f"got {tensor.dtype} {tuple(tensor.shape)}"
+                )
 
     @property
     def num_loss_tokens(self) -> int:
         """Completion tokens in this micro-batch."""
         return int(self.loss_mask.sum())
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that its rows take; filler takes none."""
+        return int(self.lengths[self.row_ids != FILLER_ROW_ID].sum())
 
     def to(self, device: torch.device | str) -> Self:
         """Return it with all tensors on `device`, optional ones of subclasses included."""
@@ -76,57 +85,23 @@ class MicroBatch:
         return type(self)(**moved)
 
 
-def sequence_cost(length: int, hidden_size: int) -> float:
-    """Relative cost of one sequence through a transformer layer.
-
-    The matrix products of a layer take about 24 h^2 operations a token, causal attention about
-    2 h L: so L (1 + L / 12 h), in units of a token without attention.
-    """
-    return length * (1.0 + length / (12.0 * hidden_size))
-
-
-def assign_rows(costs: Sequence[float], num_ranks: int) -> list[list[int]]:
-    """Assign rows to data-parallel ranks so that the largest sum of costs is small.
-
-    Greedy, costliest row first to the least loaded rank, which is within 4/3 of the optimum
-    (Graham 1969). Ties go to the lower row and the lower rank, so all ranks agree.
-
-    Args:
-        costs: one per row, not negative.
-        num_ranks: data-parallel ranks.
-
-    Returns:
-        Row indices of each rank, ascending. Sizes differ; a rank is empty when rows are few.
-    """
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [(0.0, rank) for rank in range(num_ranks)]
-    for row in sorted(range(len(costs)), key=lambda row: (-costs[row], row)):
-        load, rank = loads[0]
-        ranks[rank].append(row)
-        heapq.heapreplace(loads, (load + costs[row], rank))
-    return [sorted(rows) for rows in ranks]
-
-
 def make_micro_batches(
     rows: Sequence[TokenRow],
+    batching: MicroBatching,
     *,
-    micro_batch_size: int,
-    pad_to_multiple_of: int = 1,
+    peers: Sequence[Sequence[int]] = (),
     pad_token_id: int = 0,
-    min_micro_batches: int = 0,
 ) -> list[MicroBatch]:
-    """Cut rows into padded micro-batches, longest rows first.
+    """Cut the rows of a data-parallel rank into micro-batches; at least one.
 
-    The longest come first because memory then peaks in the first micro-batch: a run that does not
-    fit fails at once.
+    Filler without loss stands where there is no row: on a rank that has none, and where ranks that
+    share experts have to run equally many.
 
     Args:
         rows: prompts and completions.
-        micro_batch_size: rows of a micro-batch; the last one may have fewer.
-        pad_to_multiple_of: S becomes a multiple of this (tensor or context parallel size).
+        batching: which rows share a micro-batch.
+        peers: tokens of each row, of each data-parallel rank; only where `batching.same_number`.
         pad_token_id: any valid token id.
-        min_micro_batches: filler without loss is added up to this number, for ranks that have no
-            rows but must take part in the collectives.
 
     Raises:
         ValueError: a prompt is empty, so nothing predicts its completion's first token.
@@ -134,25 +109,25 @@ def make_micro_batches(
     for row_id, (prompt_ids, _) in enumerate(rows):
         if not len(prompt_ids):
             raise ValueError(f"row {row_id}: the prompt has no tokens")
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]) - len(rows[i][1]), i))
-    micro_batches = [
-        _pad(rows, order[start : start + micro_batch_size], pad_to_multiple_of, pad_token_id)
-        for start in range(0, len(order), micro_batch_size)
-    ]
-    while len(micro_batches) < min_micro_batches:
-        filler: TokenRow = ([pad_token_id], [])
-        micro_batch = _pad([filler], [0], pad_to_multiple_of, pad_token_id)
-        micro_batch.row_ids.fill_(FILLER_ROW_ID)
-        micro_batches.append(micro_batch)
+    assert peers or not batching.same_number, "the number of micro-batches of other ranks is needed"
+    lengths = [len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in rows]
+    groups, multiple = batching.groups(lengths), batching.pad_to_multiple_of
+    together = sorted(row_id for group in groups for row_id in group)
+    assert together == list(range(len(rows))), "every row belongs to one micro-batch"
+    micro_batches = [_pad(rows, group, multiple, pad_token_id) for group in groups]
+    while len(micro_batches) < batching.num_micro_batches(lengths, peers):
+        filler = _pad([([pad_token_id], [])], [0], multiple, pad_token_id)
+        filler.row_ids.fill_(FILLER_ROW_ID)
+        micro_batches.append(filler)
     return micro_batches
 
 
 def _pad(
     rows: Sequence[TokenRow], row_ids: Sequence[int], pad_to_multiple_of: int, pad_token_id: int
 ) -> MicroBatch:
-    num_positions = max(len(rows[i][0]) + len(rows[i][1]) - 1 for i in row_ids)
-    length = max(1, -(-num_positions // pad_to_multiple_of)) * pad_to_multiple_of
-    shape = (len(row_ids), length)
+    lengths = [max(1, len(rows[i][0]) + len(rows[i][1]) - 1) for i in row_ids]
+    width = -(-max(lengths) // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (len(row_ids), width)
     tokens = torch.full(shape, pad_token_id, dtype=torch.int64)
     labels = torch.full(shape, pad_token_id, dtype=torch.int64)
     loss_mask = torch.zeros(shape, dtype=torch.bool)
@@ -166,8 +141,9 @@ def _pad(
     return MicroBatch(
         tokens=tokens,
         labels=labels,
-        position_ids=torch.arange(length).repeat(len(row_ids), 1),
+        position_ids=torch.arange(width).repeat(len(row_ids), 1),
         loss_mask=loss_mask,
+        lengths=torch.tensor(lengths, dtype=torch.int64),
         row_ids=torch.tensor(row_ids, dtype=torch.int64),
     )
 

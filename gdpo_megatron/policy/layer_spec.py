@@ -4,7 +4,8 @@ The local spec is Megatron's own modules with two replacements. Norms are torch'
 sequence parallelism, which Megatron's wrapper of them refuses. Attention is torch's
 `scaled_dot_product_attention`, which never builds the [heads, s, s] scores that Megatron's local
 attention keeps for its backward, and knows context parallelism. Rows are padded on the right, so
-causality alone keeps every real token from seeing padding; no mask is needed.
+causality alone keeps every real token from seeing padding; no mask is needed. Rows that are packed
+end to end are attended to one by one.
 """
 
 from __future__ import annotations
@@ -72,26 +73,35 @@ class SDPACoreAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: [s, b, n, d], s tokens of this context-parallel rank.
-            key: [s, b, g, d] with g dividing n.
-            value: [s, b, g, d].
+            query: [s, b, n, d], s tokens of this context-parallel rank; [t, n, d] where packed.
+            key: [s, b, g, d] or [t, g, d], with g dividing n.
+            value: like key.
             attention_mask: must be None.
             attn_mask_type: causal, Megatron's for decoders.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: where packed rows begin and end; None where they are side by side.
 
         Returns:
-            [s, b, n * d].
+            [s, b, n * d], or [t, n * d].
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
-        s, b, n, d = query.shape
-        mask = None
+        assert attention_mask is None and attention_bias is None
+        if packed_seq_params is not None:
+            ends = packed_seq_params.cu_seqlens_q
+            lengths = ends.diff().tolist()
+            rows = zip(*(t.unsqueeze(1).split(lengths) for t in (query, key, value)), strict=True)
+            out = torch.cat([self._attend(*row, mask=None) for row in rows])
+            return out.flatten(1)
+        mask, d = None, query.shape[-1]
         if self.cp_group.size() > 1:
             key, value = gather_keys(torch.cat((key, value), -1), self.cp_group).split(d, -1)
             total = key.shape[0]
             order = token_order(total, self.cp_group.size()).to(query.device)
             own = order.chunk(self.cp_group.size())[self.cp_group.rank()]
             mask = own[:, None] >= torch.arange(total, device=query.device)
+        return self._attend(query, key, value, mask).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[s, b, n, d] of queries to keys [s', b, g, d]; causal where there is no mask."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q,
@@ -100,9 +110,9 @@ class SDPACoreAttention(MegatronModule):
             attn_mask=mask,
             is_causal=mask is None,
             scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != n,
+            enable_gqa=key.shape[2] != query.shape[2],
         )
-        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+        return out.permute(2, 0, 1, 3)
 
 
 def block_spec(

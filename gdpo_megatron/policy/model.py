@@ -13,26 +13,26 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig
+from gdpo_megatron.config.schema import MicroBatchConfig, ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.layouts import Layout
 from gdpo_megatron.conversion.mapping import Row, mapping_rows
 from gdpo_megatron.conversion.pipeline import stage_layers
-from gdpo_megatron.data.batching import MicroBatch
+from gdpo_megatron.data.batching import FILLER_ROW_ID, MicroBatch
+from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.platform import Platform
-from gdpo_megatron.policy.context_parallel import gather_rows, own_tokens
 from gdpo_megatron.policy.layer_spec import block_spec
 from gdpo_megatron.policy.logprobs import logprobs_and_entropy
 from gdpo_megatron.policy.lora import Lora
 from gdpo_megatron.policy.megatron_api import build_gpt
+from gdpo_megatron.policy.token_layout import PackedRows, PaddedRows, TokenLayout
 from gdpo_megatron.policy.transformer_config import transformer_config
 
 
@@ -54,6 +54,7 @@ class MegatronModel:
         arch: shape of the model.
         max_sequence_length: longest row that will be seen.
         fused_norms: see block_spec.
+        packing: compute the rows of a micro-batch end to end, not side by side.
     """
 
     lora: Lora | None = None
@@ -69,8 +70,10 @@ class MegatronModel:
         mesh: Mesh,
         platform: Platform,
         fused_norms: bool = True,
+        packing: bool = False,
     ):
         self.arch, self.mesh, self.platform = arch, mesh, platform
+        self.packing = packing
         self.config = transformer_config(arch, parallel, precision, platform)
         self._layers_per_stage = stage_layers(arch.num_layers, parallel)
         self._fused_norms, self._max_sequence_length = fused_norms, max_sequence_length
@@ -261,14 +264,12 @@ class MegatronModel:
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> Any:
             batch = next(iterator).to(self.platform.device)
-            rows, columns = shape or self._padded(batch.tokens)
-            tokens, positions = (
-                self._own(x, rows, columns) for x in (batch.tokens, batch.position_ids)
-            )
-            output = model(tokens, positions, None)
+            layout = self._layout(batch, shape or self._shape_of(batch))
+            tokens, positions = layout.own(batch.tokens), layout.own(batch.position_ids)
+            output = model(tokens, positions, None, packed_seq_params=layout.packed_seq_params)
             return output, lambda logits, **_: on_logits(logits, batch)
 
-        rows, columns = shape or self._padded(batches[0].tokens)
+        rows, columns = shape or self._shape_of(batches[0])
         results = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in self.modules],
@@ -291,40 +292,60 @@ class MegatronModel:
         if self._num_chunks == 1:
             return micro_batches, None
         last = micro_batches[-1]
-        masked = replace(last, loss_mask=torch.zeros_like(last.loss_mask))
+        masked = replace(
+            last,
+            loss_mask=torch.zeros_like(last.loss_mask),
+            row_ids=torch.full_like(last.row_ids, FILLER_ROW_ID),
+        )
         missing = -len(micro_batches) % self.mesh.pp_size
-        shapes = [self._padded(batch.tokens) for batch in micro_batches]
+        shapes = [self._shape_of(batch) for batch in micro_batches]
         rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
         return [*micro_batches, *[masked] * missing], (rows, columns)
 
-    def _padded(self, x: Tensor) -> tuple[int, int]:
-        """Rows and columns of [b, S] after padding that all ranks can share."""
+    @property
+    def length_multiple(self) -> int:
+        """Tokens of a row, or of a pack, are padded to this, so that ranks can share them."""
         multiple = 2 * self.mesh.cp_size if self.mesh.cp_size > 1 else 1
-        if self.config.sequence_parallel:
-            multiple *= self.mesh.tp_size
-        rows, columns = x.shape
-        return rows, -(-columns // multiple) * multiple
+        return multiple * self.mesh.tp_size if self.config.sequence_parallel else multiple
 
-    def _own(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        """This rank's columns of [b, S] after padding it to so many rows and columns."""
-        padding = (0, columns - x.shape[1], 0, rows - x.shape[0])
-        return own_tokens(F.pad(x, padding), self.mesh.cp_group)
+    def micro_batching(self, config: MicroBatchConfig) -> MicroBatching:
+        """How rows are cut into micro-batches for this model."""
+        return MicroBatching(
+            micro_batch_size=config.micro_batch_size,
+            max_tokens=config.max_tokens_per_micro_batch,
+            packing=self.packing,
+            pad_to_multiple_of=self.length_multiple,
+            same_shape=self._num_chunks > 1,
+            # Experts are asked by all data-parallel ranks that share them, layer by layer.
+            same_number=self.mesh.ep_size > 1,
+            hidden_size=self.arch.hidden_size,
+        )
+
+    def _shape_of(self, batch: MicroBatch) -> tuple[int, int]:
+        """Rows and columns that the model computes for a micro-batch."""
+        rows, columns = batch.tokens.shape
+        if self.packing:
+            rows, columns = 1, int(batch.lengths.sum())
+        return rows, -(-columns // self.length_multiple) * self.length_multiple
+
+    def _layout(self, batch: MicroBatch, shape: tuple[int, int]) -> TokenLayout:
+        if self.packing:
+            return PackedRows(batch, shape[1])
+        return PaddedRows(batch, shape, self.mesh.cp_group)
 
     def token_logprobs(
         self, logits: Tensor, batch: MicroBatch, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """(logprobs, entropy) of the labels of a micro-batch, float32 [b, S]."""
-        rows, columns = logits.shape[0], logits.shape[1] * self.mesh.cp_size
-        values = logprobs_and_entropy(
+        layout = self._layout(batch, (logits.shape[0], logits.shape[1] * self.mesh.cp_size))
+        logprobs, entropy = logprobs_and_entropy(
             logits,
-            self._own(batch.labels, rows, columns),
+            layout.own(batch.labels),
             temperature=temperature,
             vocab_size=self.arch.vocab_size,
             group=self.mesh.tp_group,
         )
-        b, s = batch.labels.shape
-        logprobs, entropy = (gather_rows(x, self.mesh.cp_group)[:b, :s] for x in values)
-        return logprobs, entropy
+        return layout.rows(logprobs), layout.rows(entropy)
 
     @torch.no_grad()
     def logprobs(

@@ -19,6 +19,7 @@ from gdpo_megatron.checkpoint import CheckpointManager, manager
 from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.data.batching import make_micro_batches
+from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.sft import CrossEntropy
@@ -66,7 +67,9 @@ class Run:
     def _update(self) -> dict[str, Any]:
         samples = self.sampler.next_batch()
         own = samples[self.mesh.dp_rank :: self.mesh.dp_size]
-        batches = make_micro_batches([self.rollouts.row(s) for s in own], micro_batch_size=2)
+        batches = make_micro_batches(
+            [self.rollouts.row(s) for s in own], MicroBatching(micro_batch_size=2)
+        )
         loss = CrossEntropy(sum(self.rollouts.lengths[s] for s in samples))
         self.step += 1
         stats = self.policy.update(batches, loss, temperature=1.0)

@@ -15,6 +15,7 @@ from gdpo_megatron.config.schema import PrecisionConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.data.batching import make_micro_batches
+from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.policy.model import MegatronModel
 
 
@@ -59,9 +60,7 @@ def _in_layout(
 @torch.no_grad()
 def _logits(model: MegatronModel, tokens: list[int]) -> Tensor | None:
     """Logits after each token of a row but the last, [s - 1, V], on the last stage."""
-    batches = make_micro_batches(
-        [(tokens[:1], tokens[1:])], micro_batch_size=1, min_micro_batches=1
-    )
+    batches = make_micro_batches([(tokens[:1], tokens[1:])], MicroBatching(micro_batch_size=1))
     whole: list[Tensor] = []
 
     def keep(logits: Tensor, _: Any) -> Tensor:

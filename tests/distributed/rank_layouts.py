@@ -39,6 +39,7 @@ from gdpo_megatron.data.batching import (  # noqa: E402
     make_micro_batches,
     place_token_values,
 )
+from gdpo_megatron.data.micro_batching import MicroBatching  # noqa: E402
 from gdpo_megatron.distributed import mesh as meshes  # noqa: E402
 from gdpo_megatron.distributed.mesh import Mesh  # noqa: E402
 from gdpo_megatron.policy import model as policy_model  # noqa: E402
@@ -177,7 +178,7 @@ def _logprobs(policy: MegatronModel, rollouts: Rollouts, mesh: Mesh) -> dict[int
     """Sample -> log-probs of its completion, of this data-parallel rank's samples."""
     samples = list(range(len(rollouts.completions)))[mesh.dp_rank :: mesh.dp_size]
     batches = make_micro_batches(
-        [rollouts.row(s) for s in samples], micro_batch_size=3, min_micro_batches=1
+        [rollouts.row(s) for s in samples], MicroBatching(micro_batch_size=3)
     )
     values = [v for v in policy.logprobs(batches, TEMPERATURE) if v is not None]
     if not mesh.is_last_stage:
@@ -205,8 +206,8 @@ def _updates(
             rollouts.prompts,
             rollouts.advantages,
             group_size=GROUP_SIZE,
-            micro_batch_size=MICRO_BATCH_SIZE,
-            mesh=mesh,
+            batching=MicroBatching(micro_batch_size=MICRO_BATCH_SIZE),
+            dp_rank=mesh.dp_rank,
         )
         noise = [rollouts.old_noise[s] for s in plan.samples[mesh.dp_rank]]
         old = policy.logprobs(batches, TEMPERATURE)

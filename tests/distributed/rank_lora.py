@@ -26,6 +26,7 @@ from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.conversion.hf_writer import write_hf_folder
 from gdpo_megatron.conversion.peft_writer import write_peft_folder
 from gdpo_megatron.data.batching import MicroBatch, collect_token_values, make_micro_batches
+from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.data.tokenizer import load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.policy import lora as lora_module
@@ -74,7 +75,7 @@ class Run:
     def batches(self, samples: tuple[int, ...] | range) -> tuple[list[int], list[MicroBatch]]:
         own = list(samples)[self.mesh.dp_rank :: self.mesh.dp_size]
         rows = [self.rollouts.row(s) for s in own]
-        return own, make_micro_batches(rows, micro_batch_size=2, min_micro_batches=1)
+        return own, make_micro_batches(rows, MicroBatching(micro_batch_size=2))
 
     def logprobs(self, model: Any) -> dict[int, list[float]]:
         """Sample -> log-probs of its completion, of this data-parallel rank's samples."""
@@ -162,7 +163,7 @@ def _engine_and_policy(run: Run) -> tuple[list[list[float]], list[list[float]]]:
     done = generate(engine, requests, greedy(12, temperature=1.0))
     said = [it.completion for it in done]
     rows = [(p, list(c.token_ids)) for p, c in zip(prompts, said, strict=True)]
-    batches = make_micro_batches(rows, micro_batch_size=3)
+    batches = make_micro_batches(rows, MicroBatching(micro_batch_size=3))
     values = [v for v in run.policy.logprobs(batches, 1.0) if v is not None]
     own = collect_token_values(values, batches, len(rows)) if values else []
     return [list(c.logprobs) for c in said], [row.tolist() for row in own]

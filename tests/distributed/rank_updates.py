@@ -14,6 +14,7 @@ from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.data.batching import make_micro_batches
+from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.sft import CrossEntropy
 
@@ -43,7 +44,9 @@ class Policy:
         )
         rollouts = make_rollouts()
         samples = range(self.mesh.dp_rank, len(rollouts.completions), self.mesh.dp_size)
-        self.batches = make_micro_batches([rollouts.row(s) for s in samples], micro_batch_size=3)
+        self.batches = make_micro_batches(
+            [rollouts.row(s) for s in samples], MicroBatching(micro_batch_size=3)
+        )
         self.loss = CrossEntropy(sum(rollouts.lengths))
 
     def update(self, loss: Any = None) -> dict[str, float]:

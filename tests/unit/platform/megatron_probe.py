@@ -67,6 +67,7 @@ def _train_one_step(folder: Path, platform: CpuPlatform) -> dict[str, float]:
     from gdpo_megatron.conversion.families import load_architecture
     from gdpo_megatron.conversion.hf_io import RandomWeights
     from gdpo_megatron.data.batching import make_micro_batches
+    from gdpo_megatron.data.micro_batching import MicroBatching
     from gdpo_megatron.distributed import mesh as meshes
     from gdpo_megatron.policy.megatron_policy import MegatronPolicy
     from gdpo_megatron.sft import CrossEntropy
@@ -83,7 +84,7 @@ def _train_one_step(folder: Path, platform: CpuPlatform) -> dict[str, float]:
         mesh=meshes.initialize(parallel, platform),
         platform=platform,
     )
-    batches = make_micro_batches([([1, 2], [3, 4, 5])], micro_batch_size=1)
+    batches = make_micro_batches([([1, 2], [3, 4, 5])], MicroBatching(micro_batch_size=1))
     stats = policy.update(batches, CrossEntropy(3), temperature=1.0)
     policy.sharded_state_dict(loading=False)
     return stats
