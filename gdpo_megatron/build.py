@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
@@ -51,6 +52,7 @@ class Parts:
     model: ModelConfig
     parallel: ParallelConfig
     precision: PrecisionConfig
+    memory: MemoryConfig
     seed: int
 
     def reader(self) -> TensorReader:
@@ -64,6 +66,7 @@ class Parts:
         return {
             "parallel": self.parallel,
             "precision": self.precision,
+            "memory": self.memory,
             "max_sequence_length": self.model.max_sequence_length,
             "mesh": self.mesh,
             "platform": self.platform,
@@ -137,6 +140,7 @@ def build_parts(
     model: ModelConfig,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
+    memory: MemoryConfig,
     seed: int,
 ) -> Parts:
     """Join the ranks and read what describes the model; collective."""
@@ -154,5 +158,6 @@ def build_parts(
         model=model,
         parallel=parallel,
         precision=precision,
+        memory=memory,
         seed=seed,
     )

@@ -35,6 +35,7 @@ from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy, WithoutAdapters
 from gdpo_megatron.policy.model import MegatronModel
+from gdpo_megatron.policy.swapped import SwappedReference
 from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
@@ -83,13 +84,15 @@ class GDPOTrainer:
             **parts.model_kwargs(),
         )
         self.batching = self.policy.micro_batching(config.train)
-        self.reference: MegatronModel | WithoutAdapters | None = None
+        self.reference: MegatronModel | WithoutAdapters | SwappedReference | None = None
         if needs_reference(config.loss):
             # A LoRA policy still holds the model that it started from: no second one is needed.
-            lora = self.policy.lora is not None
-            self.reference = (
-                self.policy.without_adapters() if lora else parts.frozen_model(config.train.packing)
-            )
+            if self.policy.lora is not None:
+                self.reference = self.policy.without_adapters()
+            elif config.memory.reference == "swap":
+                self.reference = SwappedReference(self.policy)
+            else:
+                self.reference = parts.frozen_model(config.train.packing)
         self.engine, self.engines = parts.engine(
             rollout.engine, rollout.tensor_parallel_size, rollout.max_concurrent_sequences
         )
@@ -176,6 +179,8 @@ class GDPOTrainer:
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step; returns its metrics, and those that a person watches."""
         sampler_state = self.sampler.state_dict()
+        if self.config.memory.free_grad_buffers_during_rollout:
+            self.policy.free_grad_buffers()
         with self._phase("weight_sync"):
             self.engine.wake()
             sync = sync_weights(self.policy, self.engine, self.policy_version)

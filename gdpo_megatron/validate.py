@@ -36,6 +36,7 @@ from gdpo_megatron.sandbox import (
     is_sandbox_user,
 )
 from gdpo_megatron.validate_lora import lora_problems
+from gdpo_megatron.validate_memory import memory_problems
 
 Check = Callable[[], "list[str] | None"]
 
@@ -102,6 +103,7 @@ def _checks(
         if model.init == "pretrained":
             yield lambda: _weights(folder, found)
     yield lambda: lora_problems(job, config, base_dir, arch)
+    yield lambda: memory_problems(job, config, arch)
     yield lambda: _optimizer(config, job)
     if isinstance(config, SFTConfig):
         yield lambda: _sft_data(config, base_dir, tokenizer)

@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> None:
         model=config.model,
         parallel=config.parallel,
         precision=config.precision,
+        memory=config.memory,
         seed=config.seed,
     )
     JOBS[job](config, base_dir, parts)

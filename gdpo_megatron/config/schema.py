@@ -14,6 +14,7 @@ from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
+from gdpo_megatron.config.memory import MemoryConfig, RLMemoryConfig
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.section import (
     NonNegativeFloat,
@@ -358,6 +359,7 @@ class RLConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: RLMemoryConfig = field(default_factory=RLMemoryConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward_suite: RewardSuiteConfig = field(default_factory=RewardSuiteConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
@@ -386,6 +388,7 @@ class SFTConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: SFTTrainConfig = field(default_factory=SFTTrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

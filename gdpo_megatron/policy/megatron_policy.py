@@ -93,6 +93,8 @@ class MegatronPolicy(MegatronModel):
         self.load_hf(make_reader())
         if lora is not None:
             self.lora = Lora(self.chunks, self.stage_rows, lora, mesh=self.mesh, seed=seed)
+            if self.config.recompute_granularity is not None:
+                self._ask_for_gradients()
         parallel: schema.ParallelConfig = model["parallel"]
         ddp_config = build_config(
             DistributedDataParallelConfig,
@@ -140,17 +142,19 @@ class MegatronPolicy(MegatronModel):
         """
         self.train()
         for ddp in self.ddp:
+            ddp.restore_grad_buffers()  # nothing, unless they were freed
             ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
-        def on_logits(
-            logits: Tensor, batch: MicroBatch
+        def on_logprobs(
+            logprobs: Tensor, entropy: Tensor, batch: MicroBatch
         ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logprobs, entropy = self.token_logprobs(logits, batch, temperature)
             loss, stats = loss_fn(logprobs, entropy, batch)
             return loss, torch.ones((), dtype=torch.int), dict(stats)
 
-        reported = self.run_schedule(micro_batches, on_logits, forward_only=False)
+        reported = self.run_logprobs(
+            micro_batches, on_logprobs, temperature=temperature, forward_only=False
+        )
         stats = self._reduce_stats(reported, loss_fn)
         # Before the step, not after it: the first one of a warmup would have a rate of 0.
         self.scheduler.step(1)
@@ -184,6 +188,20 @@ class MegatronPolicy(MegatronModel):
         return dict(zip(loss_fn.sums, sums.tolist(), strict=True)) | dict(
             zip(loss_fn.maxima, maxima.tolist(), strict=True)
         )
+
+    def free_grad_buffers(self) -> None:
+        """Give the gradients' memory back until the next update, which starts from 0 anyway."""
+        for ddp in self.ddp:
+            ddp.offload_grad_buffers()
+
+    def _ask_for_gradients(self) -> None:
+        """Let what is recomputed have gradients although what comes before it is frozen.
+
+        Megatron's recomputation gives parameters a gradient only where an input has one.
+        """
+        for gpt in self.chunks:
+            if gpt.pre_process:
+                gpt.embedding.register_forward_hook(lambda *call: call[-1].requires_grad_())
 
     def without_adapters(self) -> WithoutAdapters:
         """The model that a LoRA run started from, in the same memory."""

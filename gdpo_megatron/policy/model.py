@@ -8,6 +8,7 @@ so a model has the same weights in every layout.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.schema import MicroBatchConfig, ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.layouts import Layout
@@ -28,8 +30,8 @@ from gdpo_megatron.data.batching import FILLER_ROW_ID, MicroBatch
 from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.platform import Platform
+from gdpo_megatron.policy.head import LabelHead, LabelRequest
 from gdpo_megatron.policy.layer_spec import block_spec
-from gdpo_megatron.policy.logprobs import logprobs_and_entropy
 from gdpo_megatron.policy.lora import Lora
 from gdpo_megatron.policy.megatron_api import build_gpt
 from gdpo_megatron.policy.token_layout import PackedRows, PaddedRows, TokenLayout
@@ -53,6 +55,7 @@ class MegatronModel:
     Args:
         arch: shape of the model.
         max_sequence_length: longest row that will be seen.
+        memory: what is kept and what is computed again; None means its defaults.
         fused_norms: see block_spec.
         packing: compute the rows of a micro-batch end to end, not side by side.
     """
@@ -69,12 +72,14 @@ class MegatronModel:
         max_sequence_length: int,
         mesh: Mesh,
         platform: Platform,
+        memory: MemoryConfig | None = None,
         fused_norms: bool = True,
         packing: bool = False,
     ):
         self.arch, self.mesh, self.platform = arch, mesh, platform
+        memory = memory or MemoryConfig()
         self.packing = packing
-        self.config = transformer_config(arch, parallel, precision, platform)
+        self.config = transformer_config(arch, parallel, precision, memory, platform)
         self._layers_per_stage = stage_layers(arch.num_layers, parallel)
         self._fused_norms, self._max_sequence_length = fused_norms, max_sequence_length
         self._num_chunks = parallel.virtual_pipeline_model_parallel_size
@@ -87,6 +92,14 @@ class MegatronModel:
         self.stage_rows = [
             pair for chunk in range(self._num_chunks) for pair in self._rows_of(chunk)
         ]
+        self._head: LabelHead | None = None
+        if mesh.is_last_stage:
+            self._head = LabelHead(
+                self.chunks[-1],
+                vocab_size=arch.vocab_size,
+                chunk_tokens=memory.logprob_chunk_tokens,
+                group=mesh.tp_group,
+            )
 
     def _build_chunk(self, chunk: int) -> GPTModel:
         arch, stage = self.arch, chunk * self.mesh.pp_size + self.mesh.pp_rank
@@ -245,29 +258,69 @@ class MegatronModel:
 
     # ---- forward -----------------------------------------------------------------------------
 
-    def run_schedule(
-        self, micro_batches: Sequence[MicroBatch], on_logits: Any, *, forward_only: bool
+    def run_logprobs(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        on_logprobs: Callable[[Tensor, Tensor, MicroBatch], Any],
+        *,
+        temperature: float,
+        forward_only: bool,
     ) -> list[Any]:
         """Run Megatron's schedule (1F1B where there are stages) over micro-batches.
 
         Args:
             micro_batches: at least one; equal on all ranks of one model replica.
-            on_logits: called on the last stage with (logits, micro_batch), the logits of this
-                context-parallel rank's tokens; see Megatron's loss function for what it returns;
-                anything when forward_only.
+            on_logprobs: called on the last stage with (logprobs, entropy, micro_batch), float32
+                [b, S] of the labels; see Megatron's loss function for what it returns; anything
+                when forward_only.
+            temperature: divides the logits.
             forward_only: no backward pass.
 
         Returns:
-            What `on_logits` reported for each micro-batch on the last stage; [] elsewhere.
+            What `on_logprobs` reported for each micro-batch on the last stage; [] elsewhere.
         """
+
+        def forward(model: torch.nn.Module, batch: MicroBatch, layout: TokenLayout) -> Any:
+            request = LabelRequest(layout.own(batch.labels), temperature)
+            with nullcontext() if self._head is None else self._head.answers(request):
+                output = _call(model, batch, layout)
+
+            def finish(logprobs: Tensor, **_: Any) -> Any:
+                assert request.entropy is not None
+                return on_logprobs(layout.rows(logprobs), layout.rows(request.entropy), batch)
+
+            return output, finish
+
+        return self._run(micro_batches, forward, forward_only)
+
+    def run_schedule(
+        self, micro_batches: Sequence[MicroBatch], on_logits: Any, *, forward_only: bool
+    ) -> list[Any]:
+        """`run_logprobs` with the logits instead, all of a micro-batch at once.
+
+        Args:
+            micro_batches: as of run_logprobs.
+            on_logits: called with (logits, micro_batch), the logits of this context-parallel rank's
+                tokens and of this tensor-parallel rank's vocabulary.
+            forward_only: no backward pass.
+        """
+
+        def forward(model: torch.nn.Module, batch: MicroBatch, layout: TokenLayout) -> Any:
+            return _call(model, batch, layout), lambda logits, **_: on_logits(logits, batch)
+
+        return self._run(micro_batches, forward, forward_only)
+
+    def _run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        forward: Callable[[torch.nn.Module, MicroBatch, TokenLayout], Any],
+        forward_only: bool,
+    ) -> list[Any]:
         batches, shape = self._schedulable(micro_batches)
 
         def forward_step(iterator: Iterator[MicroBatch], model: torch.nn.Module) -> Any:
             batch = next(iterator).to(self.platform.device)
-            layout = self._layout(batch, shape or self._shape_of(batch))
-            tokens, positions = layout.own(batch.tokens), layout.own(batch.position_ids)
-            output = model(tokens, positions, None, packed_seq_params=layout.packed_seq_params)
-            return output, lambda logits, **_: on_logits(logits, batch)
+            return forward(model, batch, self._layout(batch, shape or self._shape_of(batch)))
 
         rows, columns = shape or self._shape_of(batches[0])
         results = get_forward_backward_func()(
@@ -333,20 +386,6 @@ class MegatronModel:
             return PackedRows(batch, shape[1])
         return PaddedRows(batch, shape, self.mesh.cp_group)
 
-    def token_logprobs(
-        self, logits: Tensor, batch: MicroBatch, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy) of the labels of a micro-batch, float32 [b, S]."""
-        layout = self._layout(batch, (logits.shape[0], logits.shape[1] * self.mesh.cp_size))
-        logprobs, entropy = logprobs_and_entropy(
-            logits,
-            layout.own(batch.labels),
-            temperature=temperature,
-            vocab_size=self.arch.vocab_size,
-            group=self.mesh.tp_group,
-        )
-        return layout.rows(logprobs), layout.rows(entropy)
-
     @torch.no_grad()
     def logprobs(
         self, micro_batches: Sequence[MicroBatch], temperature: float
@@ -354,10 +393,16 @@ class MegatronModel:
         """Log-probs of the labels, float32 [b, S] per micro-batch; None off the last stage."""
         was_training = self.modules[0].training
         self.train(False)
-        results = self.run_schedule(
+        results = self.run_logprobs(
             micro_batches,
-            lambda logits, batch: self.token_logprobs(logits, batch, temperature)[0],
+            lambda logprobs, *_: logprobs,
+            temperature=temperature,
             forward_only=True,
         )
         self.train(was_training)
         return results or [None] * len(micro_batches)
+
+
+def _call(model: torch.nn.Module, batch: MicroBatch, layout: TokenLayout) -> Tensor:
+    tokens, positions = layout.own(batch.tokens), layout.own(batch.position_ids)
+    return model(tokens, positions, None, packed_seq_params=layout.packed_seq_params)

@@ -61,6 +61,10 @@ class SwappedReference:
                 before = b.to(a.device, copy=True)
                 b.copy_(a)
                 a.copy_(before)
+        self._gather()
+
+    def _gather(self) -> None:
+        """Bring the parts of the other ranks."""
         for ddp in self._policy.ddp:
             ddp.start_param_sync(force_sync=True)
 

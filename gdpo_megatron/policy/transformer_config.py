@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.pipeline import stage_layers
@@ -19,6 +20,7 @@ def transformer_config(
     arch: ModelArchitecture,
     parallel: ParallelConfig,
     precision: PrecisionConfig,
+    memory: MemoryConfig,
     platform: Platform,
 ) -> TransformerConfig:
     """Megatron's config for an architecture in a layout."""
@@ -65,6 +67,7 @@ def transformer_config(
         overlap_p2p_comm=vp > 1,
         batch_p2p_comm=vp == 1,
         **_moe_options(arch, parallel),
+        **_recompute_options(memory),
         # Losses arrive divided by the global token count; Megatron must only sum gradients.
         calculate_per_token_loss=True,
         **platform.model_overrides,
@@ -86,4 +89,13 @@ def _moe_options(arch: ModelArchitecture, parallel: ParallelConfig) -> dict[str,
         "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+
+
+def _recompute_options(memory: MemoryConfig) -> dict[str, Any]:
+    return {
+        "recompute_granularity": memory.recompute_granularity,
+        "recompute_method": memory.recompute_method,
+        "recompute_num_layers": memory.recompute_num_layers,
+        "recompute_modules": list(memory.recompute_modules) if memory.recompute_modules else None,
     }

@@ -15,7 +15,7 @@ from unittest import mock
 from tiny_llama import make_rollouts
 
 from gdpo_megatron.conversion import mapping
-from gdpo_megatron.policy import megatron_policy, model
+from gdpo_megatron.policy import head, megatron_policy, model
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.update import PolicyLoss
@@ -107,12 +107,12 @@ def embedding_copies_apart() -> AbstractContextManager[None]:
 
 def padding_in_softmax() -> AbstractContextManager[None]:
     """The padded vocabulary's columns get a part of the probability."""
-    original = model.logprobs_and_entropy
+    original = head.logprobs_and_entropy
 
     def padded(logits: Any, targets: Any, *, vocab_size: int, **rest: Any) -> Any:
         return original(logits, targets, vocab_size=192, **rest)
 
-    return mock.patch.object(model, "logprobs_and_entropy", padded)
+    return mock.patch.object(head, "logprobs_and_entropy", padded)
 
 
 def every_rank_speaks() -> AbstractContextManager[None]:
