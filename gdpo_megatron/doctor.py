@@ -105,6 +105,8 @@ def check_packages() -> Iterator[Finding]:
         if pinned is None:
             continue
         name, wanted = pinned.groups()
+        if name == "megatron-core":  # see check_megatron
+            continue
         try:
             there = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -115,6 +117,24 @@ def check_packages() -> Iterator[Finding]:
         else:
             text = f"{there}, but {wanted} is needed; pip install {name}=={wanted}"
             yield Finding(name, Level.FAIL, text)
+
+
+@CHECKS.register("megatron")
+def check_megatron() -> Iterator[Finding]:
+    """Megatron-Core, of which more than the version that pip takes will do."""
+    from gdpo_megatron.platform.megatron_versions import SUPPORTED, megatron_version, shown
+
+    try:
+        version = megatron_version()
+    except InputError as error:
+        yield Finding("megatron-core", Level.FAIL, str(error))
+        return
+    (tested,) = (it.tested for it in SUPPORTED if version in it)
+    if shown(version) == tested:
+        yield Finding("megatron-core", Level.OK, tested)
+    else:
+        text = f"{shown(version)}; of its kind {tested} is the one that the tests run on"
+        yield Finding("megatron-core", Level.NOTE, text)
 
 
 @CHECKS.register("machine")

@@ -24,6 +24,7 @@ from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.errors import InputError, did_you_mean
+from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
@@ -90,6 +91,7 @@ def _checks(
         group_size = config.rollout.group_size
         suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
 
+    yield _megatron
     yield lambda: _world(parallel, world_size)
     yield lambda: _packing(config)
     yield lambda: _run_dir(job, config, base_dir)
@@ -124,6 +126,10 @@ def _checks(
     if config.data.eval is not None:
         path, limit = config.data.eval, config.eval.max_completion_tokens
         yield lambda: _prompts(config, base_dir, path, limit, tokenizer, suite)
+
+
+def _megatron() -> None:
+    megatron_version()  # before a rank meets it
 
 
 def _world(parallel: ParallelConfig, world_size: int) -> list[str]:

@@ -38,7 +38,7 @@ class Release:
         return self.first <= version < self.before
 
     def __str__(self) -> str:
-        return f"{_shown(self.first)} up to, not including, {_shown(self.before)}"
+        return f"{shown(self.first)} up to, not including, {shown(self.before)}"
 
 
 SUPPORTED = (
@@ -53,7 +53,8 @@ SUPPORTED = (
 )
 
 
-def _shown(version: Version) -> str:
+def shown(version: Version) -> str:
+    """A version as people write it."""
     return ".".join(map(str, version))
 
 
@@ -76,7 +77,7 @@ def megatron_version() -> Version:
         raise InputError(f"{folder}: no version of megatron-core can be read; choices: {choices}")
     if not any(version in it for it in SUPPORTED):
         raise InputError(
-            f"megatron-core {_shown(version)} ({folder}) is not supported; choices: {choices}"
+            f"megatron-core {shown(version)} ({folder}) is not supported; choices: {choices}"
         )
     return version
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from megatron.core.models.gpt import GPTModel
 
-from gdpo_megatron.platform.megatron_versions import Version, megatron_version
+from gdpo_megatron.platform.megatron_versions import Version, megatron_version, shown
 
 ConfigT = TypeVar("ConfigT")
 
@@ -67,10 +67,9 @@ def _known(kind: Any, fields: dict[str, Any]) -> dict[str, Any]:
     version = megatron_version()
     for name in fields.keys() - names:
         if name not in LEFT_OUT or version >= LEFT_OUT[name].before:
-            shown = ".".join(map(str, version))
             raise TypeError(
-                f"{kind.__name__} of megatron-core {shown} has no field '{name}'; find out what "
-                f"became of it, and add it to LEFT_OUT in {__name__} if it can be left out"
+                f"{kind.__name__} of megatron-core {shown(version)} has no field '{name}'; find "
+                f"out what became of it, and add it to LEFT_OUT in {__name__} if it can be left out"
             )
     return {name: value for name, value in fields.items() if name in names}
 

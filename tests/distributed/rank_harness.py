@@ -26,7 +26,14 @@ TAIL = 4000
 
 
 def run_ranks(
-    task: str, world_size: int, folder: Path, /, *, timeout: float = 300.0, **arguments: Any
+    task: str,
+    world_size: int,
+    folder: Path,
+    /,
+    *,
+    timeout: float = 300.0,
+    python: str = sys.executable,
+    **arguments: Any,
 ) -> list[Any]:
     """Call `task` on every rank of a new process group.
 
@@ -35,6 +42,7 @@ def run_ranks(
         world_size: ranks.
         folder: where ranks leave results and output; a new one for each call.
         timeout: seconds after which everything is ended and the test fails.
+        python: the interpreter that runs them.
         **arguments: of the function; plain data and tensors.
 
     Returns:
@@ -44,7 +52,7 @@ def run_ranks(
     torch.save(arguments, folder / "arguments.pt")
     output = folder / "output.txt"
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(python, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={world_size}", __file__, task, str(folder), str(timeout)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -60,6 +60,14 @@ IMPORTERS = {
 
 RECORDS_ONLY = "conversion/megatron_metadata.py"
 
+BUILDS_MEGATRON = "policy/megatron_api.py"
+MEGATRON_OBJECTS = {
+    "GPTModel",
+    "TransformerConfig",
+    "OptimizerConfig",
+    "DistributedDataParallelConfig",
+}
+
 DEVICE_WORDS = {"cuda", "nccl", "gloo"}
 
 Check = Callable[[PurePosixPath, str], Iterator[str]]
@@ -173,6 +181,25 @@ def check_device_words(path: PurePosixPath, source: str) -> Iterator[str]:
             yield f"{path}:{node.lineno}: '{word}' outside of {PACKAGE}/platform"
 
 
+def check_megatron_objects(path: PurePosixPath, source: str) -> Iterator[str]:
+    """Megatron's configs and its model are built, and told of fields, in policy/megatron_api.py.
+
+    It knows which fields the installed version has; a dataclass takes any attribute.
+    """
+    if inside_package(path) in (None, BUILDS_MEGATRON):
+        return
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = (dotted_name(node.func) or "").split(".")[-1]
+            if name in MEGATRON_OBJECTS and path.parts[1] == "policy":
+                yield f"{path}:{node.lineno}: {name} is built in {BUILDS_MEGATRON}"
+        elif isinstance(node, ast.Assign) and path.parts[1] == "policy":
+            for target in node.targets:
+                name = dotted_name(target) or ""
+                if name.split(".")[-2:-1] == ["config"]:
+                    yield f"{path}:{node.lineno}: {name} is set by set_fields of {BUILDS_MEGATRON}"
+
+
 def check_docstring(path: PurePosixPath, source: str) -> Iterator[str]:
     """A module begins with its idea; an empty __init__.py has none."""
     tree = ast.parse(source)
@@ -249,6 +276,9 @@ BAD: list[tuple[Check, str, str]] = [
     (check_device_words, "policy/model.py", "import torch.cuda"),
     (check_device_words, "policy/model.py", "from torch import cuda"),
     (check_device_words, "policy/model.py", "from torch.distributed import is_nccl_available"),
+    (check_megatron_objects, "policy/model.py", "gpt = GPTModel(config, spec)"),
+    (check_megatron_objects, "policy/optimizer.py", "f(optimizer.OptimizerConfig(lr=1))"),
+    (check_megatron_objects, "policy/model.py", "self.config.no_sync_func = f"),
     (check_docstring, "trainer.py", "import torch"),
     (check_docstring, "trainer.py", ""),
     (check_docstring, "rewards/__init__.py", "from . import base"),
@@ -276,6 +306,9 @@ GOOD: list[tuple[Check, str, str]] = [
     (check_device_words, "platform/cuda.py", "torch.cuda.is_available() or 'nccl'"),
     (check_device_words, "trainer.py", "'''It runs on gloo.'''\nraise E('needs cuda or cpu')"),
     (check_device_words, "policy/model.py", "from megatron.core.x import seed_cuda_too"),
+    (check_megatron_objects, BUILDS_MEGATRON, "return GPTModel(config, spec)"),
+    (check_megatron_objects, "policy/lora.py", "self.config = config\nx = config.lr\nc.y = 1"),
+    (check_megatron_objects, "trainer.py", "OptimizerConfig(lr=1)"),
     (check_docstring, "rewards/__init__.py", ""),
     (check_docstring, "trainer.py", "'''The loop.'''"),
     (check_unsafe_reads, "data/tokenizer.py", "load(p, trust_remote_code=False)"),
@@ -340,6 +373,7 @@ def report(check: Check, files: list[PurePosixPath]) -> str:
         (check_layers, [PACKAGE]),
         (check_foreign_imports, [PACKAGE]),
         (check_device_words, [PACKAGE, "tools", "examples"]),
+        (check_megatron_objects, [PACKAGE]),
         (check_docstring, [PACKAGE, "tools", "examples", "tests"]),
         (check_unsafe_reads, [PACKAGE, "tools"]),
     ],

@@ -7,6 +7,7 @@ import pytest
 from gdpo_megatron import doctor
 from gdpo_megatron.cli import main
 from gdpo_megatron.doctor import CHECKS, Finding, Level
+from gdpo_megatron.platform import megatron_versions
 from gdpo_megatron.sandbox import SandboxUnavailable
 
 
@@ -18,7 +19,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]):
-    code, text = run(capsys, "python", "packages", "machine", "engines")
+    code, text = run(capsys, "python", "packages", "megatron", "machine", "engines")
     assert code == 0
     for what in ("python", "torch", "megatron-core", "CPU cores", "memory", "disk"):
         assert f"  {what} " in text
@@ -53,6 +54,30 @@ def test_package_of_another_version(
     code, text = run(capsys, "packages")
     assert code == 1
     assert text == ("FAIL  torch  2.12.0+cpu, but 2.13.0 is needed; pip install torch==2.13.0\n")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "said"),
+    [
+        ((0, 16, 1), 0, "ok    megatron-core  0.16.1"),
+        ((0, 19, 3), 0, "note  megatron-core  0.19.3; of its kind 0.19.2 is the one"),
+        ((0, 18, 0), 1, "FAIL  megatron-core  megatron-core 0.18.0 ("),
+    ],
+)
+def test_versions_of_megatron(
+    numbers: tuple[int, int, int],
+    code: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(megatron_versions, "_read", lambda path: numbers)
+    megatron_versions.megatron_version.cache_clear()
+    try:
+        ended, text = run(capsys, "megatron")
+    finally:
+        megatron_versions.megatron_version.cache_clear()
+    assert ended == code and text.startswith(said)
 
 
 @pytest.mark.parametrize(("works", "code"), [(("bwrap", "inner"), 0), (("inner",), 0), ((), 1)])

@@ -2,8 +2,9 @@
 
     python megatron_probe.py MODEL_CONFIG_FOLDER CASE ...
 
-A case is "all" (nothing taken away), "rule:NAME", "patch:MODULE" or "hook" (all of it). Each runs
-in a process of its own, forked before Megatron is imported. Prints a JSON object: case -> report.
+A case is "all" (nothing taken away), "rule:NAME", "patch:MODULE", "stand-in:MODULE" or "hook" (all
+of it). Each runs in a process of its own, forked before Megatron is imported. Prints a JSON object:
+case -> report.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ def _take_away(case: str) -> Any:
         rest = tuple(patch for patch in megatron_cpu.PATCHES if patch.module != name)
         assert len(rest) == len(megatron_cpu.PATCHES) - 1
         return mock.patch.object(megatron_cpu, "PATCHES", rest)
+    if kind == "stand-in":
+        others = tuple(it for it in megatron_cpu.STAND_INS if it.module != name)
+        assert len(others) == len(megatron_cpu.STAND_INS) - 1
+        return mock.patch.object(megatron_cpu, "STAND_INS", others)
     if kind == "hook":
         return mock.patch.object(megatron_cpu, "install", lambda: None)
     assert case == "all", case

@@ -26,7 +26,10 @@ from gdpo_megatron.platform import megatron_cpu, null_cuda
 
 HERE = Path(__file__).parent
 RULE_CASES = [f"rule:{name}" for name in megatron_cpu.RULES]
-PATCH_CASES = [f"patch:{patch.module}" for patch in megatron_cpu.PATCHES]
+# What the installed version needs; test_every_patch_has_a_canary has the rest.
+PATCH_CASES = [f"patch:{patch.module}" for patch in megatron_cpu.PATCHES if patch.is_needed()]
+STAND_IN_CASES = [f"stand-in:{it.module}" for it in megatron_cpu.STAND_INS if it.is_needed()]
+OLD = "0.16.1"  # some patches are for it alone
 
 # Sites in the modules that a training process loads. Another version: look at what changed there
 # (new forms of the same requests show up as failures of the runs below), then add its numbers.
@@ -37,7 +40,14 @@ SITES = {
         "cuda call": 9,
         "pinned memory": 6,
         "type name": 9,
-    }
+    },
+    "0.19.2": {
+        "namespace": 422,
+        "device literal": 73,
+        "cuda call": 10,
+        "pinned memory": 15,
+        "type name": 9,
+    },
 }
 
 
@@ -126,6 +136,40 @@ def test_other_packages_are_not_touched(name: str) -> None:
     assert megatron_cpu._Finder().find_spec(name, None) is None
 
 
+# ---- stand-ins -----------------------------------------------------------------------------------
+
+NO_TRITON = megatron_cpu.StandIn(
+    module="megatron.core.fake",
+    reason="it imports it without asking",
+    package="triton",
+    replacement="gdpo_megatron.platform.null_triton",
+)
+
+
+def test_kernels_can_be_defined_and_not_started() -> None:
+    source = (
+        "import numpy as np, os\n"
+        "import triton\n"
+        "import triton.language as tl\n"
+        "@triton.jit\n"
+        "def kernel(x, SIZE: tl.constexpr): ...\n"
+    )
+    tree, sites = megatron_cpu.rewrite(source, "snippet.py", NO_TRITON)
+    names: dict[str, Any] = {}
+    exec(compile(tree, "snippet.py", "exec"), names)
+    assert not sites and names["np"].ones(1) == 1.0 and names["os"] is os
+    with pytest.raises(RuntimeError, match="starts the triton kernel kernel, which needs a GPU"):
+        names["kernel"][(1,)]
+    assert "triton" not in sys.modules or importlib.util.find_spec("triton")
+
+
+def test_other_modules_find_what_is_installed() -> None:
+    tree, _ = megatron_cpu.rewrite("import triton\nimport tritons", "snippet.py")
+    assert ast.unparse(tree) == "import triton\nimport tritons"
+    tree, _ = megatron_cpu.rewrite("import tritons", "snippet.py", NO_TRITON)
+    assert ast.unparse(tree) == "import tritons"
+
+
 # ---- the null namespace --------------------------------------------------------------------------
 
 
@@ -183,7 +227,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     (folder / "config.json").write_text(json.dumps(config))
     command = [sys.executable, str(HERE / "megatron_probe.py"), str(folder)]
     done = subprocess.run(
-        [*command, "all", "hook", *RULE_CASES, *PATCH_CASES],
+        [*command, "all", "hook", *RULE_CASES, *PATCH_CASES, *STAND_IN_CASES],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -247,9 +291,13 @@ def test_rng_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
 
 
 def test_router_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
+    """By 0.16; later versions are not patched, and route."""
     assert probe["all"]["router_logits"] == [[1.0, 0.0], [2.0, 3.0]]
-    error = probe["patch:megatron.core.transformer.moe.moe_utils"]["router_logits"]
-    assert error == "NameError: name 'te_general_gemm' is not defined"
+    without = probe.get("patch:megatron.core.transformer.moe.moe_utils")
+    assert (without is not None) == (version("megatron-core") == OLD)
+    if without is not None:
+        error = without["router_logits"]
+        assert error == "NameError: name 'te_general_gemm' is not defined"
 
 
 def test_dispatcher_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
@@ -258,12 +306,23 @@ def test_dispatcher_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
     assert probe["patch:megatron.core.transformer.moe.token_dispatcher"]["splits"] == "Tensor"
 
 
+@pytest.mark.skipif(not STAND_IN_CASES, reason="this Megatron imports triton nowhere unasked")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+def test_stand_in_is_needed(probe: dict[str, dict[str, Any]]) -> None:
+    """And it is seen by that one module: to the others there is no triton."""
+    [case] = STAND_IN_CASES
+    assert probe[case]["error"] == "ModuleNotFoundError: No module named 'triton'"
+    assert Path(probe[case]["where"].rpartition(":")[0]).match("moe/ops/paged_stash.py")
+
+
 def test_every_patch_has_a_canary() -> None:
-    assert PATCH_CASES == [
+    old = version("megatron-core") == OLD
+    assert [*PATCH_CASES, *STAND_IN_CASES] == [
         "patch:megatron.core.jit",
         "patch:megatron.core.tensor_parallel.random",
-        "patch:megatron.core.transformer.moe.moe_utils",
+        *(["patch:megatron.core.transformer.moe.moe_utils"] if old else []),
         "patch:megatron.core.transformer.moe.token_dispatcher",
+        *([] if old else ["stand-in:megatron.core.transformer.moe.ops.paged_stash"]),
     ]
 
 

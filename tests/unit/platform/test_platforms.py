@@ -41,7 +41,8 @@ def test_cpu_memory_is_this_process() -> None:
 def test_cuda_leaves_megatron_alone() -> None:
     finders, modules = list(sys.meta_path), set(sys.modules)
     CudaPlatform().prepare_megatron()
-    assert sys.meta_path == finders and set(sys.modules) == modules
+    # The package around megatron.core is empty; its version is read without an import.
+    assert sys.meta_path == finders and set(sys.modules) - modules <= {"megatron"}
     assert dict(CudaPlatform.model_overrides) == {}
 
 
