@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import layouts
 import plain_torch
 import pytest
 from tiny_llama import FAMILIES, MODELS, make_rollouts, write_models
@@ -34,11 +35,4 @@ def plain(models: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="session")
 def engine_logprobs(plain: dict[str, dict[str, Any]]) -> dict[str, list[list[float]]]:
     """What the engine is said to have had: the model's log-probs with noise, by sample."""
-    noise = make_rollouts().rollout_noise
-    return {
-        name: [
-            [x + e for x, e in zip(row.tolist(), errors, strict=True)]
-            for row, errors in zip(results["logprobs"], noise, strict=True)
-        ]
-        for name, results in plain.items()
-    }
+    return layouts.engine_logprobs(plain)

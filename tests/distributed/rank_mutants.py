@@ -15,7 +15,7 @@ from unittest import mock
 from tiny_llama import make_rollouts
 
 from gdpo_megatron.conversion import mapping
-from gdpo_megatron.policy import head, megatron_policy, model
+from gdpo_megatron.policy import context_parallel, head, layer_spec, megatron_policy, model
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.update import PolicyLoss
@@ -98,6 +98,43 @@ def no_tensor_parallel_attributes() -> AbstractContextManager[None]:
     return _after(MegatronModel, "__init__", clear)
 
 
+def norms_of_own_tokens() -> AbstractContextManager[None]:
+    """Under sequence parallelism each rank's norms learn from that rank's tokens alone."""
+
+    def clear(policy: MegatronPolicy) -> None:
+        for parameter in policy.gpt.parameters():
+            parameter.sequence_parallel = False
+
+    return _after(MegatronPolicy, "__init__", clear)
+
+
+def keys_of_one_rank() -> AbstractContextManager[None]:
+    """Keys and values get the gradient of one context-parallel rank's queries alone."""
+    return mock.patch.object(
+        layer_spec, "gather_keys", lambda x, group: context_parallel._gather(x, group, False)
+    )
+
+
+@contextmanager
+def chunks_swapped() -> Iterator[None]:
+    """A rank's two virtual stages hold each other's layers, at import and export alike."""
+    original = MegatronModel._rows_of
+
+    def other(self: MegatronModel, chunk: int) -> Iterator[Any]:
+        pairs, theirs = list(original(self, chunk)), list(original(self, 1 - chunk))
+        here, there = (
+            sorted({row.layer for row, _ in rows if row.layer is not None})
+            for rows in (pairs, theirs)
+        )
+        swapped = dict(zip(here, there, strict=False))
+        rows = {(row.layer, row.megatron): row for row, _ in [*pairs, *theirs]}
+        for row, parameter in pairs:
+            yield rows[swapped.get(row.layer, row.layer), row.megatron], parameter
+
+    with mock.patch.object(MegatronModel, "_rows_of", other):
+        yield
+
+
 def embedding_copies_apart() -> AbstractContextManager[None]:
     """The two copies of a tied embedding on the first and last stage learn separately."""
     # The package hides the module behind the function of the same name.
@@ -146,4 +183,7 @@ MUTANTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     "embedding_copies_apart": embedding_copies_apart,
     "padding_in_softmax": padding_in_softmax,
     "every_rank_speaks": every_rank_speaks,
+    "norms_of_own_tokens": norms_of_own_tokens,
+    "keys_of_one_rank": keys_of_one_rank,
+    "chunks_swapped": chunks_swapped,
 }

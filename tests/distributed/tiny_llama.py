@@ -39,11 +39,11 @@ LOSS = LossConfig(
     mismatch=MismatchConfig(correction="token_truncate", max_importance_weight=1.5),
 )
 # The schedule is not flat, the norm is clipped, and decay is large enough to be seen.
-OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.25)
+# A larger eps: with the usual one a gradient that is nothing but rounding makes a whole step.
+OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.25, eps=1e-6)
 
 _COMMON = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
+    "model_type": "qwen3",
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 5,
@@ -54,15 +54,14 @@ _COMMON = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.08,
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
+    "head_dim": 16,
 }
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {**_COMMON, "tie_word_embeddings": True, "rope_theta": 10000.0},
     "untied": {
         **_COMMON,
         "tie_word_embeddings": False,
-        "head_dim": 16,
+        "head_dim": 24,
         "rope_theta": 500.0,
         "rope_scaling": {
             "rope_type": "llama3",
@@ -76,18 +75,17 @@ MODELS: dict[str, dict[str, Any]] = {
 _OTHERS = {**_COMMON, "num_hidden_layers": 3, "rope_theta": 10000.0}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_OTHERS, "model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {**_OTHERS, "model_type": "qwen3", "head_dim": 16},
+    "llama": {**_OTHERS, "model_type": "llama", "tie_word_embeddings": False},
     "experts": {
         **_OTHERS,
         "model_type": "qwen3_moe",
-        "head_dim": 16,
         "moe_intermediate_size": 32,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
 }
-"""What training adds to MODELS: biases, norms of heads that TP shares, experts."""
+"""What other families add to MODELS: biases, no norms of heads, experts."""
 
 
 class TinyWeights(RandomWeights):
