@@ -21,6 +21,8 @@ from pathlib import Path
 
 import pytest
 
+from gdpo_megatron.platform.megatron_versions import SUPPORTED
+
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), REPO / ".ci/run"])
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -43,6 +45,7 @@ case "$1" in
       *ensurepip*) [[ -e "$STUB_STATE/venv-module" ]]; exit ;;
       *disk_usage*) echo "${STUB_FREE_MB:-99999}"; exit ;;
       *"import torch"*) cat "${0%/*}/torch" 2>/dev/null; exit ;;
+      *megatron-core*) echo "${STUB_MEGATRON:-0.19.2}"; exit ;;
     esac ;;
   -m)
     module="$2"
@@ -50,7 +53,8 @@ case "$1" in
     case "$module" in
       venv)
         [[ "${STUB_FAIL:-}" != venv ]] || { echo "Error: it broke"; exit 1; }
-        mkdir -p "$1/bin" && cp "$0" "$1/bin/python" && cp "$0" "$1/bin/pip"
+        mkdir -p "$1/bin" "$1/lib/python3.11/site-packages"
+        cp "$0" "$1/bin/python" && cp "$0" "$1/bin/pip"
         exit ;;
       pytest)
         printf 'stdin: %s\n' "$(cat)"
@@ -67,6 +71,8 @@ case "$1" in
             [[ "$*" != */cpu* ]] || torch=cpu
             [[ "$*" == *--index-url* || "$STUB_OFFERED" != *+cpu ]] || torch=cpu
             echo "${STUB_TORCH:-$torch}" >"${0%/*}/torch" ;;
+          *megatron-core==*)
+            [[ "${STUB_FAIL:-}" != megatron ]] || { echo "$STUB_ERROR"; exit 1; } ;;
           install*--editable*)
             sleep 0.3
             [[ "${STUB_FAIL:-}" != package ]] || { echo "$STUB_ERROR"; exit 1; } ;;
@@ -495,6 +501,75 @@ def test_environment_cannot_be_created(checkout: Checkout) -> None:
     assert_one_line(result, 2, "cannot create the environment", "Not a directory")
 
 
+# ---- setup.sh: the second environment -----------------------------------------------------------
+
+
+def next_pip_call(checkout: Checkout) -> str:
+    return (
+        f"{checkout.venv}-megatron-0.19/bin/python install --no-deps "
+        "--ignore-requires-python megatron-core==0.19.2"
+    )
+
+
+def test_second_environment_has_the_versions_of_the_table() -> None:
+    script = (REPO / "scripts/setup.sh").read_text()
+    tested = [it.tested for it in SUPPORTED]
+    assert re.findall('^readonly NEXT_MEGATRON="(.*)"$', script, re.MULTILINE) == tested[1:]
+    assert f'"megatron-core=={tested[0]}"' in (REPO / "pyproject.toml").read_text()
+
+
+def test_second_environment_is_put_before_the_first(checkout: Checkout) -> None:
+    result = checkout.setup("megatron-0.19")
+    assert_done(result)
+    assert checkout.pip_calls()[-2:] == [
+        f"install --editable {checkout.repo}[test]",
+        next_pip_call(checkout),
+    ]
+    [file] = Path(f"{checkout.venv}-megatron-0.19").glob("lib/*/site-packages/*.pth")
+    packages = f"{checkout.venv}/lib/python3.11/site-packages"
+    assert file.read_text() == f"import site; site.addsitedir('{packages}')\n"
+    checkout.forget_calls()
+    second = checkout.setup("megatron-0.19")
+    assert_done(second)
+    assert second.stdout == "" and checkout.pip_calls() == []
+
+
+@pytest.mark.parametrize("change", ["requirements", "half made"])
+def test_second_environment_is_made_again(checkout: Checkout, change: str) -> None:
+    assert_done(checkout.setup("megatron-0.19"))
+    folder = Path(f"{checkout.venv}-megatron-0.19")
+    (folder / "leftover").touch()
+    if change == "requirements":
+        with (checkout.repo / "pyproject.toml").open("a") as file:
+            file.write("\n# changed\n")
+    else:
+        (folder / ".gdpo-ready").unlink()
+    checkout.forget_calls()
+    assert_done(checkout.setup("megatron-0.19"))
+    assert checkout.pip_calls()[-1] == next_pip_call(checkout)
+    assert not (folder / "leftover").exists()
+
+
+def test_second_environment_fails_in_one_line(checkout: Checkout) -> None:
+    folder = Path(f"{checkout.venv}-megatron-0.19")
+    error = "ERROR: No matching distribution found for megatron-core"
+    result = checkout.setup("megatron-0.19", STUB_FAIL="megatron", STUB_ERROR=error)
+    assert_one_line(
+        result, 1, f"installing megatron-core 0.19.2 ({error})", f"log: {folder}/setup.log"
+    )
+    result = checkout.setup("megatron-0.19", STUB_MEGATRON="0.16.1")
+    assert_one_line(result, 1, f"megatron-core 0.19.2 is not what {folder} finds: 0.16.1")
+    assert_done(checkout.setup("megatron-0.19"))
+
+
+def test_second_environment_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
+    folder = Path(f"{checkout.venv}-megatron-0.19")
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+    assert_one_line(checkout.setup("megatron-0.19"), 2, "was not made here", "GDPO_VENV")
+    assert (folder / "thesis.tex").read_text() == "mine"
+
+
 # ---- setup.sh with the real interpreter ---------------------------------------------------------
 
 needs_ensurepip = pytest.mark.skipif(
@@ -599,14 +674,33 @@ def test_all_sections_run_and_pytest_has_the_last_word(
         "pyright",
         "shellcheck",
         "pytest, not full and not gpu",
+        "set-up, Megatron-Core 0.19",
+        "pytest on Megatron-Core 0.19, not full and not gpu",
     ]
-    assert result.stdout.splitlines()[-2:] == ["pytest <-m> <not full and not gpu>", "1 passed"]
+    lines = result.stdout.splitlines()
+    assert "pytest <-m> <not full and not gpu>" in lines
+    assert lines[-2].startswith("pytest <-m> <not full and not gpu> <tests/")
+    assert "<tests/distributed/test_versions.py>" in lines[-2] and lines[-1] == "1 passed"
+
+
+def test_second_megatron_alone(ready_checkout: Checkout) -> None:
+    result = ready_checkout.run("scripts/test.sh", "--megatron-0.19", "--full", "-k", "a b")
+    assert_done(result)
+    assert result.stdout.count("pytest <") == 1 and "ruff" not in result.stdout
+    assert "pytest <-m> <not gpu> <-k> <a b>\n" in result.stdout
+
+
+def test_second_megatron_that_cannot_be_set_up_is_a_failure(ready_checkout: Checkout) -> None:
+    result = ready_checkout.run("scripts/test.sh", STUB_FAIL="megatron", STUB_ERROR="ERROR: no")
+    assert result.returncode == 1 and result.stdout.count("1 passed") == 1
+    assert result.stderr.splitlines()[-1].startswith("test: set-up, Megatron-Core 0.19 failed")
 
 
 def test_full_and_other_arguments(ready_checkout: Checkout) -> None:
     result = ready_checkout.run("scripts/test.sh", "-k", "a b", "--full", "tests/unit")
     assert_done(result)
     assert "pytest <-m> <not gpu> <-k> <a b> <tests/unit>\n" in result.stdout
+    assert result.stdout.count("pytest <") == 1, "arguments are for one Megatron-Core"
 
 
 def test_status_of_pytest_is_the_status(ready_checkout: Checkout) -> None:
@@ -647,7 +741,7 @@ def test_relative_environment_is_the_same_for_all_sections(checkout: Checkout) -
         checkout.stub_venv_tool(tool)
     checkout.forget_calls()
     assert_done(checkout.run("scripts/test.sh"))
-    assert checkout.pip_calls() == []
+    assert checkout.pip_calls() == [next_pip_call(checkout)]
 
 
 # ---- run_node.sh --------------------------------------------------------------------------------
