@@ -16,7 +16,7 @@ from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import ParallelConfig, RLConfig, SFTConfig
-from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.conversion.architecture import ModelArchitecture, NoModel
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
 from gdpo_megatron.conversion.pipeline import stage_layers
@@ -76,7 +76,10 @@ def _checks(
 
     def load_arch() -> None:
         nonlocal arch
-        arch = load_architecture(model_files(folder))
+        try:
+            arch = load_architecture(model_files(folder))
+        except NoModel as error:
+            raise InputError(f"model.hf_path: {error}") from error
 
     def read_tokenizer() -> None:
         nonlocal tokenizer
@@ -217,7 +220,11 @@ def _stages(arch: ModelArchitecture, parallel: ParallelConfig) -> None:
 
 
 def _weights(folder: Path, arch: ModelArchitecture) -> None:
-    open_checkpoint(folder, arch)
+    try:
+        open_checkpoint(folder, arch)
+    except NoModel as error:
+        hint = "set model.init: random to draw new ones"
+        raise InputError(f"model.hf_path: {error}; {hint}") from error
 
 
 def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:

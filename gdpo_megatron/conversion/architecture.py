@@ -121,13 +121,17 @@ class ModelArchitecture:
         return torch.where(wavelength < high, inv_freq, scaled)
 
 
+class NoModel(InputError):
+    """A path leads to no model, or to none that has what is asked for."""
+
+
 def read_hf_config(folder: Path) -> dict[str, Any]:
     """Read config.json of a Hugging Face folder; InputError names what is missing."""
     path = folder / "config.json"
     if not folder.is_dir():
-        raise InputError(f"model.hf_path: no folder {folder}")
+        raise NoModel(f"no folder {folder}")
     if not path.is_file():
-        raise InputError(f"model.hf_path: {folder} has no config.json")
+        raise NoModel(f"{folder} has no config.json")
     config = read_json(path)
     if not isinstance(config, dict):
         raise InputError(f"{path}: not a JSON object")

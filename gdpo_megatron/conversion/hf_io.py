@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gdpo_megatron.conversion.architecture import ModelArchitecture, read_json
+from gdpo_megatron.conversion.architecture import ModelArchitecture, NoModel, read_json
 from gdpo_megatron.conversion.checks import dtype_name, one_line, refuse
 from gdpo_megatron.conversion.mapping import hf_shapes, mapping_rows
 from gdpo_megatron.errors import InputError
@@ -137,10 +137,7 @@ class HFCheckpoint:
                 return self._indexed(index)
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._file(single).headers, single)
-        raise InputError(
-            f"model.hf_path: {self.folder} holds no weights ({SAFETENSORS} or "
-            f"{SAFETENSORS_INDEX}); set model.init: random to draw new ones"
-        )
+        raise NoModel(f"{self.folder} holds no weights ({SAFETENSORS} or {SAFETENSORS_INDEX})")
 
     def _indexed(self, index: Path) -> dict[str, str]:
         weight_map = _read_weight_map(index)

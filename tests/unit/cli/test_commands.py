@@ -98,7 +98,7 @@ def test_generate_stops_where_the_model_has_no_more_positions(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["nowhere", "--prompt", "x"], "model.hf_path: no folder nowhere"),
+        (["nowhere", "--prompt", "x"], "no folder nowhere"),
         (["{model}", "--prompt", ""], "prompt 1 has 0 tokens; the model takes 1 to 127"),
         (
             ["{model}", "--prompt", "x", "--prompt", "b" * 128],

@@ -110,8 +110,7 @@ def test_copy_of_a_tied_embedding_is_left_out(write_config: Write, tmp_path: Pat
 def test_no_weights(write_config: Write, arch: ModelArchitecture) -> None:
     folder = write_config("empty")
     assert problems(folder, arch) == [
-        f"model.hf_path: {folder} holds no weights (model.safetensors or "
-        "model.safetensors.index.json); set model.init: random to draw new ones"
+        f"{folder} holds no weights (model.safetensors or model.safetensors.index.json)"
     ]
 
 
