@@ -109,6 +109,7 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
                 {
                     "sft/loss": stats["loss"],
                     "sft/tokens_per_second": num_tokens / seconds,
+                    "sft/padding_share": stats["padding_share"],
                     "optimizer/lr": stats["lr"],
                     "optimizer/grad_norm": stats["grad_norm"],
                     "time/step_seconds": seconds,

@@ -94,6 +94,7 @@ def update_metrics(stats: Mapping[str, float], loss: PolicyLoss) -> dict[str, fl
     return {
         "update/loss": stats["total"],
         **{f"update/{name}": value for name, value in metrics.items()},
+        "update/padding_share": stats["padding_share"],
         "optimizer/lr": stats["lr"],
         "optimizer/grad_norm": stats["grad_norm"],
     }

@@ -157,6 +157,16 @@ METRICS: tuple[Metric, ...] = (
         "optimizer/grad_norm", "1", "mean",
         "Global L2 norm of the gradient before it is clipped.",
     ),
+    Metric(
+        "update/padding_share", "share", "mean",
+        "Share of the positions computed, over all ranks, that hold no token of a row: "
+        "rows are padded to the longest of their micro-batch, and filler keeps ranks in step. "
+        "train.packing and train.max_tokens_per_micro_batch lower it.",
+    ),
+    Metric(
+        "sft/padding_share", "share", "mean",
+        "As update/padding_share.",
+    ),
     Metric("sft/loss", "nats", "mean", "Cross-entropy per completion token."),
     Metric(
         "sft/tokens_per_second", "tokens/s", "mean",

@@ -135,7 +135,7 @@ class MegatronPolicy(MegatronModel):
 
         Returns:
             The loss function's statistics over the whole minibatch plus "grad_norm" (before
-            clipping) and "lr", equal on all ranks.
+            clipping), "lr" and "padding_share", equal on all ranks.
 
         Raises:
             FloatingPointError: the gradient is not finite; the weights are left as they were.
@@ -156,6 +156,7 @@ class MegatronPolicy(MegatronModel):
             micro_batches, on_logprobs, temperature=temperature, forward_only=False
         )
         stats = self._reduce_stats(reported, loss_fn)
+        stats["padding_share"] = self.padding_share(micro_batches)
         # Before the step, not after it: the first one of a warmup would have a rate of 0.
         self.scheduler.step(1)
         stats["lr"] = float(self.optimizer.param_groups[0]["lr"])

@@ -7,6 +7,7 @@ so a model has the same weights in every layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -380,6 +381,15 @@ class MegatronModel:
         if self.packing:
             rows, columns = 1, int(batch.lengths.sum())
         return rows, -(-columns // self.length_multiple) * self.length_multiple
+
+    def padding_share(self, micro_batches: Sequence[MicroBatch]) -> float:
+        """Share of the positions that all ranks compute which no row takes; collective."""
+        batches, shape = self._schedulable(micro_batches)
+        computed = sum(math.prod(shape or self._shape_of(batch)) for batch in batches)
+        taken = sum(batch.num_positions for batch in batches)
+        counts = torch.tensor([taken, computed], dtype=torch.float64, device=self.platform.device)
+        dist.all_reduce(counts)
+        return 1.0 - float(counts[0] / counts[1])
 
     def _layout(self, batch: MicroBatch, shape: tuple[int, int]) -> TokenLayout:
         if self.packing:

@@ -31,7 +31,7 @@ from tiny_llama import (  # noqa: E402
 )
 from torch import Tensor  # noqa: E402
 
-from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig  # noqa: E402
+from gdpo_megatron.config.schema import ParallelConfig, PrecisionConfig, TrainConfig  # noqa: E402
 from gdpo_megatron.conversion.families import load_architecture  # noqa: E402
 from gdpo_megatron.conversion.hf_io import HFCheckpoint  # noqa: E402
 from gdpo_megatron.data.batching import (  # noqa: E402
@@ -91,7 +91,7 @@ def run(models: str, cases: list[dict[str, Any]], engine: list[Any]) -> list[dic
     Args:
         models: folder of the models.
         cases: each with "model", "layout" (arguments of `in_layout`), "dtype", "mutant" and the
-            number of "updates".
+            number of "updates"; "batching" are keys of `train` where they are not the usual ones.
         engine: for each model, the log-probs that the engine is said to have had, by sample.
     """
     results = []
@@ -111,6 +111,8 @@ def _case(
         "precision": PrecisionConfig(params_dtype=case["dtype"]),
         "max_sequence_length": MAX_LENGTH,
     }
+    train = TrainConfig(**{"micro_batch_size": MICRO_BATCH_SIZE, **case.get("batching", {})})
+    layout["packing"] = train.packing
     reader = HFCheckpoint(folder / case["model"], arch)
     policy = MegatronPolicy(
         arch, optimizer=OPTIMIZER, total_updates=3, make_reader=lambda: reader, **layout
@@ -121,6 +123,7 @@ def _case(
     exported = [(name, tensor.clone()) for name, tensor in policy.hf_tensors()]
     gradients: list[dict[str, Tensor]] = []
     _keep_gradients(policy, gradients)
+    batching = policy.micro_batching(train)
     plans = plan_minibatches(
         rollouts.loss_rows,
         [len(prompt.token_ids) for prompt in rollouts.prompts],
@@ -135,11 +138,14 @@ def _case(
         "changed": [
             name for name, x in exported if not torch.equal(x, reader.get(name).to(x.dtype))
         ],
-        "logprobs": _logprobs(policy, rollouts, mesh),
+        "logprobs": _logprobs(policy, rollouts, batching, mesh),
         "rows_of_ranks": [[len(ids) for ids in plan.samples] for plan in plans],
     }
-    result["steps"] = _updates(policy, reference, plans[: case["updates"]], rollouts, engine, mesh)
-    result["logprobs_after"] = _logprobs(policy, rollouts, mesh)
+    result["steps"] = _updates(
+        policy, reference, plans[: case["updates"]], rollouts, engine, batching, mesh
+    )
+    result["padding"] = [step.pop("padding_share") for step in result["steps"]]
+    result["logprobs_after"] = _logprobs(policy, rollouts, batching, mesh)
     weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
     result["weights"] = weights if mesh.rank == 0 else {}
     result["gradients"] = gradients if mesh.rank == 0 else []
@@ -174,18 +180,21 @@ def _gather_shards(gradients: Tensor, group: Any) -> None:
         dist.all_gather_into_tensor(gradients, own, group=group)
 
 
-def _logprobs(policy: MegatronModel, rollouts: Rollouts, mesh: Mesh) -> dict[int, list[float]]:
+def _logprobs(
+    policy: MegatronModel, rollouts: Rollouts, batching: MicroBatching, mesh: Mesh
+) -> dict[int, list[float]]:
     """Sample -> log-probs of its completion, of this data-parallel rank's samples."""
-    samples = list(range(len(rollouts.completions)))[mesh.dp_rank :: mesh.dp_size]
-    batches = make_micro_batches(
-        [rollouts.row(s) for s in samples], MicroBatching(micro_batch_size=3)
-    )
+    rows = [rollouts.row(s) for s in range(len(rollouts.completions))]
+    samples = list(range(len(rows)))[mesh.dp_rank :: mesh.dp_size]
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    peers = [lengths[rank :: mesh.dp_size] for rank in range(mesh.dp_size)]
+    batches = make_micro_batches([rows[s] for s in samples], batching, peers=peers)
     values = [v for v in policy.logprobs(batches, TEMPERATURE) if v is not None]
     if not mesh.is_last_stage:
         assert not values
         return {}
-    rows = collect_token_values(values, batches, len(samples))
-    return {s: row.tolist() for s, row in zip(samples, rows, strict=True)}
+    by_row = collect_token_values(values, batches, len(samples))
+    return {s: row.tolist() for s, row in zip(samples, by_row, strict=True)}
 
 
 def _updates(
@@ -194,6 +203,7 @@ def _updates(
     plans: list[MinibatchPlan],
     rollouts: Rollouts,
     engine: list[list[float]],
+    batching: MicroBatching,
     mesh: Mesh,
 ) -> list[dict[str, float]]:
     """One optimizer step per minibatch, the way the trainer does it."""
@@ -206,7 +216,7 @@ def _updates(
             rollouts.prompts,
             rollouts.advantages,
             group_size=GROUP_SIZE,
-            batching=MicroBatching(micro_batch_size=MICRO_BATCH_SIZE),
+            batching=batching,
             dp_rank=mesh.dp_rank,
         )
         noise = [rollouts.old_noise[s] for s in plan.samples[mesh.dp_rank]]

@@ -16,8 +16,10 @@ from tiny_llama import make_rollouts
 
 from gdpo_megatron.conversion import mapping
 from gdpo_megatron.policy import context_parallel, head, layer_spec, megatron_policy, model
+from gdpo_megatron.policy.layer_spec import SDPACoreAttention
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.model import MegatronModel
+from gdpo_megatron.policy.token_layout import PackedRows
 from gdpo_megatron.update import PolicyLoss
 
 
@@ -173,6 +175,80 @@ def _reduce_over_all(original: Callable[..., dict[str, float]]) -> Callable[...,
     return reduce
 
 
+@contextmanager
+def attention_across_rows() -> Iterator[None]:
+    """Tokens of a pack see the rows before theirs."""
+    original = SDPACoreAttention.forward
+
+    def forward(self: Any, query: Any, *args: Any, packed_seq_params: Any, **kwargs: Any) -> Any:
+        if packed_seq_params is not None:
+            whole = _whole(packed_seq_params, query.shape[0])
+            packed_seq_params = replace(packed_seq_params, cu_seqlens_q=whole)
+        return original(self, query, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    with mock.patch.object(SDPACoreAttention, "forward", forward):
+        yield
+
+
+def keys_positions_go_on() -> AbstractContextManager[None]:
+    """Rotary positions start anew in each row of a pack for queries, not for keys."""
+    return _packed(
+        lambda params, total: replace(
+            params, cu_seqlens_kv=_whole(params, total), max_seqlen_kv=total + 1
+        )
+    )
+
+
+def all_positions_go_on() -> AbstractContextManager[None]:
+    """They start anew for neither."""
+    return _packed(lambda params, total: replace(params, max_seqlen_q=total, max_seqlen_kv=total))
+
+
+def _whole(params: Any, total: int) -> Any:
+    return params.cu_seqlens_q.new_tensor([0, total])
+
+
+@contextmanager
+def _packed(change: Callable[[Any, int], Any]) -> Iterator[None]:
+    """Change where the model is told that the rows of a pack begin."""
+    original = PackedRows.__init__
+
+    def init(self: PackedRows, batch: Any, length: int) -> None:
+        original(self, batch, length)
+        self.packed_seq_params = change(self.packed_seq_params, length)
+
+    with mock.patch.object(PackedRows, "__init__", init):
+        yield
+
+
+@contextmanager
+def last_row_of_a_pack_dropped() -> Iterator[None]:
+    """The results of the last row stay where they are."""
+    original = PackedRows.rows
+
+    def rows(self: PackedRows, values: Any) -> Any:
+        whole = original(self, values).clone()
+        whole[-1] = 0
+        return whole
+
+    with mock.patch.object(PackedRows, "rows", rows):
+        yield
+
+
+@contextmanager
+def row_lost_from_the_budget() -> Iterator[None]:
+    """The last row of each micro-batch has no loss."""
+    original = PolicyLoss.__call__
+
+    def call(self: PolicyLoss, logprobs: Any, entropy: Any, batch: Any) -> Any:
+        kept = batch.loss_mask.clone()
+        kept[1:][-1:] = False
+        return original(self, logprobs, entropy, replace(batch, loss_mask=kept))
+
+    with mock.patch.object(PolicyLoss, "__call__", call):
+        yield
+
+
 MUTANTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     None: nullcontext,
     "denominator_of_rank": denominator_of_rank,
@@ -186,4 +262,9 @@ MUTANTS: dict[str | None, Callable[[], AbstractContextManager[Any]]] = {
     "norms_of_own_tokens": norms_of_own_tokens,
     "keys_of_one_rank": keys_of_one_rank,
     "chunks_swapped": chunks_swapped,
+    "attention_across_rows": attention_across_rows,
+    "keys_positions_go_on": keys_positions_go_on,
+    "all_positions_go_on": all_positions_go_on,
+    "last_row_of_a_pack_dropped": last_row_of_a_pack_dropped,
+    "row_lost_from_the_budget": row_lost_from_the_budget,
 }
