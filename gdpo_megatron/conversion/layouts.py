@@ -104,6 +104,8 @@ class Vocabulary(Copy):
     def merge(self, tensors: Sequence[Tensor], arch: ModelArchitecture, tp: int) -> Tensor:
         (tensor,) = tensors
         padding = arch.padded_vocab_size(tp) - tensor.shape[0]
+        if not padding:
+            return tensor
         return torch.cat([tensor, tensor.new_zeros(padding, *tensor.shape[1:])], 0)
 
     def split(self, full: Tensor, arch: ModelArchitecture) -> list[Tensor]:
