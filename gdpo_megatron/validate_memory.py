@@ -24,7 +24,7 @@ def memory_problems(
     if job == "eval":
         return problems
     if arch is not None:
-        problems += _modules(config.memory, arch) + _units(config.memory, config.parallel, arch)
+        problems += _modules(config, arch) + _units(config.memory, config.parallel, arch)
     if isinstance(config, RLConfig) and config.memory.reference == "swap":
         if config.model.lora is not None:
             problems.append(
@@ -39,16 +39,25 @@ def memory_problems(
     return problems
 
 
-def _modules(memory: MemoryConfig, arch: ModelArchitecture) -> list[str]:
-    modules, experts = memory.recompute_modules or (), arch.moe is not None
-    absent, choices = ("mlp", "core_attn, moe") if experts else ("moe", "core_attn, mlp")
-    if absent not in modules:
-        return []
-    what = "layers are all mixtures of experts" if experts else "layers have no experts"
-    return [
-        f"memory.recompute_modules: '{absent}' would do nothing, {arch.family}'s {what}; "
-        f"choices: {choices}"
-    ]
+def _modules(config: RLConfig | SFTConfig, arch: ModelArchitecture) -> list[str]:
+    modules, experts = config.memory.recompute_modules or (), arch.moe is not None
+    problems: list[str] = []
+    absent, present = ("mlp", "moe") if experts else ("moe", "mlp")
+    if absent in modules:
+        what = "layers are all mixtures of experts" if experts else "layers have no experts"
+        problems.append(
+            f"memory.recompute_modules: '{absent}' would do nothing, {arch.family}'s {what}; "
+            f"take {present}"
+        )
+    several = config.parallel.context_parallel_size > 1 or config.train.packing
+    if "core_attn" in modules and not several:
+        problems.append(
+            "memory.recompute_modules: 'core_attn' would give nothing back: attention keeps its "
+            "inputs and its result, which its neighbours keep too; only the keys of other ranks "
+            "(parallel.context_parallel_size) and the results of single rows (train.packing) are "
+            f"its own; take {present}"
+        )
+    return problems
 
 
 def _units(memory: MemoryConfig, parallel: ParallelConfig, arch: ModelArchitecture) -> list[str]:

@@ -25,8 +25,8 @@ class MemoryConfig:
     those of recompute_modules (selective), or of whole layers (full); null keeps all."""
 
     recompute_modules: tuple[RecomputeModule, ...] | None = None
-    """For selective: attention without its projections (core_attn), dense MLPs (mlp), mixtures of
-    experts (moe); null means core_attn."""
+    """For selective: dense MLPs (mlp), mixtures of experts (moe), attention without its projections
+    (core_attn), which keeps something to give back only under context parallelism or packing."""
 
     recompute_method: Literal["uniform", "block"] | None = None
     """For full: every so many layers are one unit, of which only the input is kept (uniform), or
@@ -54,8 +54,10 @@ class MemoryConfig:
                 raise ValueError(f"{key} is {value}: it has a meaning for full only")
         if modules is not None and granularity != "selective":
             raise ValueError("recompute_modules have a meaning for selective only")
-        if modules is not None and not modules:
-            raise ValueError("recompute_modules is empty; nothing would be recomputed")
+        if granularity == "selective" and not modules:
+            raise ValueError(
+                "recompute_granularity selective needs recompute_modules: core_attn, mlp or moe"
+            )
         if modules is not None and len(set(modules)) < len(modules):
             raise ValueError(f"recompute_modules names a module twice: {list(modules)}")
         return self

@@ -237,8 +237,8 @@ def _freed(folder: Path, plain: Run, run: Run, resumed: Run) -> dict[str, Any]:
     result = {
         "whole": whole,
         "held": held,
-        "gradients": run.gradients,
-        "right_gradients": plain.gradients,
+        "gradients": list(run.gradients),
+        "right_gradients": list(plain.gradients),
         "weights": run.weights(),
         "right_weights": plain.weights(),
     }
@@ -250,17 +250,25 @@ def _freed(folder: Path, plain: Run, run: Run, resumed: Run) -> dict[str, Any]:
 # ---- peak memory ---------------------------------------------------------------------------------
 
 
-def peaks(config: str, sizes: dict[str, int], cases: dict[str, dict[str, Any]]) -> dict[str, int]:
+def peaks(
+    config: str,
+    sizes: dict[str, int],
+    cases: dict[str, dict[str, Any]],
+    layout: dict[str, Any] | None = None,
+) -> dict[str, int]:
     """Largest sum of live tensors in one update beyond what the policy holds, in bytes.
 
     Args:
         config: folder with the config.json of the model.
         sizes: "rows" and "tokens" of the one micro-batch.
         cases: name -> the `memory` section.
+        layout: of `in_layout`, or "packing".
     """
+    options = dict(layout or {})
+    packing = options.pop("packing", False)
     results: dict[str, int] = {}
     generator = torch.Generator().manual_seed(3)
-    with in_layout() as layout:
+    with in_layout(**options) as where:
         arch = load_architecture(Path(config))
         rows = torch.randint(
             0, arch.vocab_size, (sizes["rows"], sizes["tokens"]), generator=generator
@@ -271,9 +279,10 @@ def peaks(config: str, sizes: dict[str, int], cases: dict[str, dict[str, Any]]) 
                 optimizer=OPTIMIZER,
                 total_updates=1,
                 make_reader=lambda: RandomWeights(arch, 1),
-                **layout,
+                **where,
                 precision=PrecisionConfig(),
                 max_sequence_length=sizes["tokens"],
+                packing=packing,
                 memory=MemoryConfig(**memory),
             )
             batches = make_micro_batches(

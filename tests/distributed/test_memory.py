@@ -30,10 +30,10 @@ FULL = {
     "recompute_num_layers": 1,
 }
 BLOCK = {**FULL, "recompute_method": "block"}
-ATTENTION = {"recompute_granularity": "selective"}
-MLP = {**ATTENTION, "recompute_modules": ("mlp",)}
-BOTH = {**ATTENTION, "recompute_modules": ("core_attn", "mlp")}
-MOE = {**ATTENTION, "recompute_modules": ("core_attn", "moe")}
+MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
+ATTENTION = {**MLP, "recompute_modules": ("core_attn",)}
+BOTH = {**MLP, "recompute_modules": ("core_attn", "mlp")}
+MOE = {**MLP, "recompute_modules": ("core_attn", "moe")}
 CHUNKS = {"logprob_chunk_tokens": 7}
 
 # Relative to the largest value of a tensor; in brackets the largest measured in any layout.
@@ -86,7 +86,7 @@ ONE_RANK: dict[str, dict[str, Any]] = {
             **variants_of({"lora": True}),
             "mistake: no_gradient_asked": {
                 "lora": True,
-                "memory": MLP,
+                "memory": BLOCK,
                 "mutant": "no_gradient_asked",
             },
         },
@@ -210,6 +210,16 @@ def test_one_rank(layout: str, one_rank: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", TWO_RANKS)
 def test_two_ranks(layout: str, two_ranks: dict[str, Any]) -> None:
     check(layout, two_ranks[layout], TWO_RANKS[layout]["variants"])
+
+
+def test_bfloat16(one_rank: dict[str, Any]) -> None:
+    """Recomputation is exact; of chunks, each part of the output layer's gradient is rounded."""
+    results = {name: ranks[0] for name, ranks in one_rank["bfloat16"].items()}
+    for variant in ("full", "both"):
+        assert set(differences(results[variant], results["plain"]).values()) == {0.0}
+    found = differences(results["chunks"], results["plain"])
+    print(found)
+    assert found["logprobs"] < 2**-8 and 0 < found["gradients"] < 2**-6
 
 
 MISTAKES = [
@@ -340,16 +350,22 @@ FLOAT = 4
 PEAKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "chunks": {"logprob_chunk_tokens": 64},
-    "core_attn": {"logprob_chunk_tokens": 64, **ATTENTION},
     "mlp": {"logprob_chunk_tokens": 64, **MLP},
     "full": {"logprob_chunk_tokens": 64, **FULL},
     "block of 2": {"logprob_chunk_tokens": 64, **BLOCK, "recompute_num_layers": 2},
 }
 
 
+ATTENTION_PEAKS: dict[str, dict[str, Any]] = {
+    "kept": {"logprob_chunk_tokens": 64},
+    "core_attn": {"logprob_chunk_tokens": 64, **ATTENTION},
+}
+
+
 @pytest.fixture(scope="module")
-def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    folder = tmp_path_factory.mktemp("peaks")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a config whose logits are larger than its layers."""
+    folder = tmp_path_factory.mktemp("wide")
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -368,11 +384,29 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    (result,) = run_ranks(
-        "rank_memory:peaks", 1, folder / "run", config=str(folder), sizes=SIZES, cases=PEAKS
-    )
-    print({name: f"{value / 2**20:.1f} MiB" for name, value in result.items()})
+    return folder
+
+
+def measured(
+    model: Path, folder: Path, cases: Mapping[str, Case], world_size: int = 1, **options: Any
+) -> dict[str, int]:
+    """Case -> peak of the first rank."""
+    result = run_ranks(
+        "rank_memory:peaks",
+        world_size,
+        folder / "run",
+        config=str(model),
+        sizes=SIZES,
+        cases=dict(cases),
+        **options,
+    )[0]
+    print({name: f"{value / 2**20:.2f} MiB" for name, value in result.items()})
     return result
+
+
+@pytest.fixture(scope="module")
+def peaks(wide_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    return measured(wide_model, tmp_path_factory.mktemp("peaks"), PEAKS)
 
 
 def test_peak_of_chunks(peaks: dict[str, int]) -> None:
@@ -392,9 +426,16 @@ def test_peak_of_recomputation(peaks: dict[str, int]) -> None:
     # Gate and up projection, the gate's activation, their product.
     mlp = tokens * 4 * FFN
     assert peaks["chunks"] - peaks["mlp"] > 0.9 * others * mlp
-    # Attention's result in its own order of dimensions; queries, keys and values are inputs.
-    assert peaks["chunks"] - peaks["core_attn"] > 0.9 * others * tokens * HIDDEN
     # Everything but the layer's input.
     assert peaks["chunks"] - peaks["full"] > 0.9 * others * (mlp + 6 * tokens * HIDDEN)
     saved = (peaks["chunks"] - peaks["block of 2"]) / (peaks["chunks"] - peaks["full"])
     assert 0.5 < saved < 0.8  # two of four layers are kept, where three were not
+
+
+def test_peak_of_attention(wide_model: Path, tmp_path: Path) -> None:
+    """What attention has of its own: keys and values of all ranks, results of single rows."""
+    of_layer = NUM_TOKENS * HIDDEN * FLOAT
+    peaks = measured(wide_model, tmp_path / "packed", ATTENTION_PEAKS, layout={"packing": True})
+    assert peaks["kept"] - peaks["core_attn"] > 0.9 * (NUM_LAYERS - 1) * of_layer
+    peaks = measured(wide_model, tmp_path / "cp", ATTENTION_PEAKS, 2, layout={"cp": 2})
+    assert peaks["kept"] - peaks["core_attn"] > 0.9 * (NUM_LAYERS - 1) * 2 * of_layer

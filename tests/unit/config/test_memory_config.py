@@ -20,9 +20,11 @@ from gdpo_megatron.config.schema import (
     ParallelConfig,
     RLConfig,
     SFTConfig,
+    TrainConfig,
 )
 from gdpo_megatron.validate_memory import memory_problems
 
+MLP = {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
@@ -34,15 +36,16 @@ FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompu
             {"recompute_granularity": "full", "recompute_method": "block"},
             "recompute_granularity full needs recompute_num_layers",
         ),
+        ({"recompute_granularity": "selective"}, "selective needs recompute_modules: core_attn"),
         ({"recompute_method": "block"}, "recompute_method is block: it has a meaning for full"),
         (
-            {"recompute_granularity": "selective", "recompute_num_layers": 2},
+            {**MLP, "recompute_num_layers": 2},
             "recompute_num_layers is 2: it has a meaning for full",
         ),
         ({**FULL, "recompute_modules": ("mlp",)}, "recompute_modules have a meaning for selective"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ()},
-            "recompute_modules is empty",
+            "recompute_granularity selective needs recompute_modules",
         ),
         (
             {"recompute_granularity": "selective", "recompute_modules": ("mlp", "mlp")},
@@ -79,13 +82,19 @@ def arch(*, experts: bool = False) -> Any:
     ("memory", "other", "experts", "problem"),
     [
         (
-            {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "moe")},
+            {**MLP, "recompute_modules": ("mlp", "moe")},
             {},
             False,
-            "'moe' would do nothing, tiny's layers have no experts; choices: core_attn, mlp",
+            "'moe' would do nothing, tiny's layers have no experts; take mlp",
         ),
         (
-            {"recompute_granularity": "selective", "recompute_modules": ("mlp",)},
+            {**MLP, "recompute_modules": ("core_attn", "mlp")},
+            {},
+            False,
+            "'core_attn' would give nothing back",
+        ),
+        (
+            MLP,
             {},
             True,
             "'mlp' would do nothing, tiny's layers are all mixtures of experts",
@@ -126,19 +135,24 @@ def test_refused_together(
 
 
 @pytest.mark.parametrize(
-    "memory",
+    ("memory", "other"),
     [
-        {},
-        FULL,
-        {**FULL, "recompute_num_layers": 3},
-        {**FULL, "recompute_method": "block", "recompute_num_layers": 2},
-        {"recompute_granularity": "selective"},
-        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},
-        {"logprob_chunk_tokens": 64, "free_grad_buffers_during_rollout": True, "reference": "swap"},
+        ({}, {}),
+        (FULL, {}),
+        ({**FULL, "recompute_num_layers": 3}, {}),
+        ({**FULL, "recompute_method": "block", "recompute_num_layers": 2}, {}),
+        (MLP, {}),
+        (
+            {**MLP, "recompute_modules": ("core_attn", "mlp")},
+            {"parallel": ParallelConfig(context_parallel_size=2)},
+        ),
+        ({**MLP, "recompute_modules": ("core_attn",)}, {"train": TrainConfig(packing=True)}),
+        ({"logprob_chunk_tokens": 64, "free_grad_buffers_during_rollout": True}, {}),
+        ({"reference": "swap"}, {}),
     ],
 )
-def test_accepted(memory: dict[str, Any]) -> None:
-    assert memory_problems("train", config(RLMemoryConfig(**memory)), arch()) == []
+def test_accepted(memory: dict[str, Any], other: dict[str, Any]) -> None:
+    assert memory_problems("train", config(RLMemoryConfig(**memory), **other), arch()) == []
 
 
 def test_sft_has_no_keys_of_a_rollout() -> None:
