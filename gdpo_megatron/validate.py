@@ -167,9 +167,8 @@ def _packing(config: RLConfig | SFTConfig) -> list[str]:
     cp = config.parallel.context_parallel_size
     if config.train.packing and cp > 1:
         return [
-            f"train.packing is true, but parallel.context_parallel_size is {cp}: its ranks share "
-            "each row in pieces, and rows that lie end to end have no such pieces; set one of them "
-            "to false or 1"
+            f"train.packing is true, but parallel.context_parallel_size is {cp}: its ranks hold "
+            "pieces of each row, and packed rows are not cut into any; set train.packing to false"
         ]
     return []
 

@@ -113,6 +113,17 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
             "there are 2 stages and 2 layers"
         ],
     ),
+    "packed rows and context parallelism": (
+        "--train.packing true --parallel.context_parallel_size 2 --nproc 2",
+        [
+            "train.packing is true, but parallel.context_parallel_size is 2: its ranks hold pieces "
+            "of each row, and packed rows are not cut into any; set train.packing to false"
+        ],
+    ),
+    "a budget of nothing": (
+        "--train.max_tokens_per_micro_batch 0",
+        ["train.max_tokens_per_micro_batch: 0 is not allowed; needs int > 0, or null"],
+    ),
     "missing data": (
         "--data.train row.jsonl",
         ["data file {here}/row.jsonl: no such file; did you mean 'rows.jsonl'?"],
