@@ -30,9 +30,12 @@ done
 
 # What reaches Megatron; all of it under --full.
 next_tests=(
-  tests/distributed/test_versions.py
   tests/unit/platform
+  tests/unit/policy/test_megatron_api.py
+  tests/distributed/test_versions.py
   tests/distributed/test_layouts.py
+  tests/distributed/test_conversion.py
+  tests/e2e/test_quickstart_flow.py
 )
 ((full == 0)) || next_tests=(tests/unit/platform tests/unit/policy tests/distributed tests/e2e)
 

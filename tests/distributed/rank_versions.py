@@ -30,7 +30,7 @@ def begin(models: str, folder: str) -> dict[str, Any]:
 
 
 def go_on(
-    models: str, folder: str, layouts: dict[str, dict[str, int]]
+    models: str, folder: str, layouts: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """In each layout, load each run of `begin` over other weights and train it 2 steps."""
     result: dict[str, dict[str, Any]] = {}

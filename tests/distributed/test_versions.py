@@ -18,7 +18,7 @@ from rank_harness import run_ranks
 from test_checkpoints import assert_same
 
 OTHER = os.environ.get("GDPO_OTHER_MEGATRON")
-LAYOUTS = {"dp2": {}, "tp2": {"tp": 2}}
+LAYOUTS = {"dp2": {}, "tp2_sp": {"tp": 2, "sp": True}}
 RUNS = ("float32", "bfloat16", "experts")
 # Relative. In bfloat16 a layout has its own rounding.
 LIMITS = {"float32": 2e-6, "bfloat16": 5e-3, "experts": 2e-6}
