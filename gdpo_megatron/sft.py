@@ -12,17 +12,19 @@ from pathlib import Path
 from torch import Tensor
 
 from gdpo_megatron.build import Parts
-from gdpo_megatron.checkpoint import CheckpointManager
+from gdpo_megatron.checkpoint import CheckpointManager, saved_after
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import SFTConfig
 from gdpo_megatron.data.batching import MicroBatch, make_micro_batches
 from gdpo_megatron.data.micro_batching import assign_rows, sequence_cost
 from gdpo_megatron.data.prompts import load_sft_rows
 from gdpo_megatron.data.sampler import PromptSampler
+from gdpo_megatron.errors import InputError
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger
 from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
 
 
 class CrossEntropy:
@@ -68,6 +70,7 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
         **parts.model_kwargs(),
     )
     batching = policy.micro_batching(train)
+    parity = ParityGate(config.precision.fp8, policy)
     checkpoints = CheckpointManager(
         run_dir,
         keep_last=config.checkpoint.keep_last,
@@ -78,11 +81,18 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
     step = 0 if state is None else int(state["step"])
     if state is not None:
         sampler.load_state_dict(state["sampler"])
+        parity.load_state_dict(state.get("parity", {}))
     interrupt, interval = Interrupt(parts.platform), config.checkpoint.save_interval
     leads, stopping = mesh.rank == 0, False
     logger = MetricsLogger(
         run_dir, tensorboard=config.logging.tensorboard, enabled=leads, start_step=step + 1
     )
+
+    def save() -> None:
+        display.phase("checkpoint")
+        loop = {"sampler": sampler.state_dict(), "parity": parity.state_dict()}
+        checkpoints.save(step, policy, loop)
+
     title = f"gdpo-megatron sft: {run_dir.name}"
     with logger, ProgressDisplay(train.num_steps, step, title, enabled=leads) as display:
         if step:
@@ -90,6 +100,7 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
         while step < train.num_steps and not stopping:
             began = time.perf_counter()
             display.phase("update")
+            sampler_state = sampler.state_dict()
             batch = [rows[i] for i in sampler.next_batch()]
             lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in batch]
             costs = [sequence_cost(length, parts.arch.hidden_size) for length in lengths]
@@ -101,7 +112,21 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
                 peers=[[lengths[i] for i in ids] for ids in ranks],
             )
             num_tokens = sum(len(r.completion_ids) for r in batch)
-            stats = policy.update(micro_batches, CrossEntropy(num_tokens), temperature=1.0)
+            loss, checked = CrossEntropy(num_tokens), dict[str, float]()
+            if parity.due(step):
+                display.phase("parity_check")
+                try:
+                    checked, message = parity.check(micro_batches[0], loss, temperature=1.0)
+                except Fp8Drift as error:
+                    logger.log(step + 1, error.metrics | parity.metrics())
+                    sampler.load_state_dict(sampler_state)
+                    if step not in checkpoints.steps():
+                        save()
+                    raise InputError([*error.problems, saved_after(step)]) from None
+                if message is not None:
+                    display.message(message)
+                display.phase("update")
+            stats = policy.update(micro_batches, loss, temperature=1.0)
             step += 1
             seconds = time.perf_counter() - began
             logger.log(
@@ -114,12 +139,13 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
                     "optimizer/grad_norm": stats["grad_norm"],
                     "time/step_seconds": seconds,
                     "run/epoch": sampler.epoch,
+                    **checked,
+                    **parity.metrics(),
                 },
             )
             stopping = interrupt.agreed()
             if stopping or step == train.num_steps or (interval and step % interval == 0):
-                display.phase("checkpoint")
-                checkpoints.save(step, policy, {"sampler": sampler.state_dict()})
+                save()
             display.step_done(step, {"loss": stats["loss"], "tokens/s": num_tokens / seconds})
         if step == train.num_steps and config.checkpoint.export_hf:
             display.phase("export")

@@ -21,12 +21,13 @@ from torch import Tensor
 from gdpo_megatron.algorithms import compute_advantages, needs_old_pass, needs_reference
 from gdpo_megatron.algorithms.dynamic_sampling import Refill, decide_groups
 from gdpo_megatron.build import Parts
-from gdpo_megatron.checkpoint import CheckpointManager
+from gdpo_megatron.checkpoint import CheckpointManager, saved_after
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.data.prompts import load_prompts
 from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.distributed.exchange import exchange_tokens
+from gdpo_megatron.errors import InputError
 from gdpo_megatron.evaluate import EvalResult, Evaluator
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatches
@@ -35,6 +36,7 @@ from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy, WithoutAdapters
 from gdpo_megatron.policy.model import MegatronModel
+from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
 from gdpo_megatron.policy.swapped import SwappedReference
 from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
@@ -42,6 +44,7 @@ from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_pa
 from gdpo_megatron.step_metrics import advantage_metrics, rollout_metrics, update_metrics
 from gdpo_megatron.types import AdvantageBatch, Prompt, RewardMatrix
 from gdpo_megatron.update import (
+    MinibatchPlan,
     PolicyLoss,
     RolloutMicroBatch,
     plan_minibatches,
@@ -93,6 +96,7 @@ class GDPOTrainer:
                 self.reference = SwappedReference(self.policy)
             else:
                 self.reference = parts.frozen_model(config.train.packing)
+        self.parity = ParityGate(config.precision.fp8, self.policy, self.reference)
         self.engine, self.engines = parts.engine(
             rollout.engine, rollout.tensor_parallel_size, rollout.max_concurrent_sequences
         )
@@ -124,6 +128,7 @@ class GDPOTrainer:
         if state is not None:
             self.step, self.policy_version = state["step"], state["policy_version"]
             self.sampler.load_state_dict(state["sampler"])
+            self.parity.load_state_dict(state.get("parity", {}))
         self.interrupt = Interrupt(parts.platform)
         self.timers = PhaseTimers(synchronize=parts.platform.synchronize)
         self.metrics = MetricsLogger(
@@ -201,7 +206,12 @@ class GDPOTrainer:
         values |= {"run/policy_version": sync.policy_version, "run/epoch": self.sampler.epoch}
         values["weight_sync/num_bytes"] = sync.num_bytes
         self._log_rollouts(batch, advantages)
-        values |= self._update(prompts, batch, advantages)
+        try:
+            values |= self._update(prompts, batch, advantages)
+        except Fp8Drift as error:
+            self.sampler.load_state_dict(sampler_state)
+            self.metrics.log(self.step + 1, values | error.metrics | self.parity.metrics())
+            raise self._saved(error) from None
         memory = self.parts.platform.memory_stats()
         values |= {f"memory/{kind}_bytes": amount for kind, amount in memory.items()}
         summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
@@ -313,10 +323,14 @@ class GDPOTrainer:
                 for plan in plans
             ]
         with self._phase("logprobs"):
-            minibatches = [self._with_logprobs(batches) for batches in minibatches]
+            filled = [self._with_logprobs(batches) for batches in minibatches]
+        checked, fell_back = self._check_parity(plans, filled)
+        if fell_back:
+            with self._phase("logprobs"):
+                filled = [self._with_logprobs(batches) for batches in minibatches]
         results: list[dict[str, float]] = []
         with self._phase("update"):
-            for plan, micro_batches in zip(plans, minibatches, strict=True):
+            for plan, micro_batches in zip(plans, filled, strict=True):
                 if not plan.num_loss_rows:
                     continue
                 loss = PolicyLoss(config.loss, plan, config.rollout.max_completion_tokens)
@@ -325,7 +339,25 @@ class GDPOTrainer:
                 )
                 self.policy_version += 1
                 results.append(update_metrics(stats, loss))
-        return combine_minibatches(results)
+        return combine_minibatches(results) | checked | self.parity.metrics()
+
+    def _check_parity(
+        self, plans: Sequence[MinibatchPlan], minibatches: Sequence[Sequence[RolloutMicroBatch]]
+    ) -> tuple[dict[str, float], bool]:
+        """Check FP8 on the step's first micro-batch; returns metrics and whether it was left."""
+        filled = [pair for pair in zip(plans, minibatches, strict=True) if pair[0].num_loss_rows]
+        if not filled or not self.parity.due(self.step):
+            return {}, False
+        plan, micro_batches = filled[0]
+        with self._phase("parity_check"):
+            metrics, message = self.parity.check(
+                micro_batches[0],
+                PolicyLoss(self.config.loss, plan, self.config.rollout.max_completion_tokens),
+                temperature=self.config.rollout.temperature,
+            )
+        if message is not None:
+            self.display.message(message)
+        return metrics, message is not None
 
     def _exchange(
         self, batch: RolloutBatch, samples: Sequence[Sequence[Sequence[int]]], lengths: list[int]
@@ -377,15 +409,18 @@ class GDPOTrainer:
             self.checkpoints.save(
                 self.step,
                 self.policy,
-                {"policy_version": self.policy_version, "sampler": self.sampler.state_dict()},
+                {
+                    "policy_version": self.policy_version,
+                    "sampler": self.sampler.state_dict(),
+                    "parity": self.parity.state_dict(),
+                },
             )
 
-    def _saved(self, error: TooManyInvalid) -> TooManyInvalid:
+    def _saved(self, error: InputError) -> InputError:
         """Save the run before it ends with an error that a person has to mend."""
         if self.step not in self.checkpoints.steps():
             self._save()
-        saved = f"the run is saved after step {self.step}; the same command goes on there"
-        return TooManyInvalid([*error.problems, saved])
+        return InputError([*error.problems, saved_after(self.step)])
 
     def _log_rollouts(self, batch: RolloutBatch, advantages: AdvantageBatch) -> None:
         """Write sampled groups; rank 0 leads an engine and writes its own first groups."""

@@ -36,6 +36,7 @@ from gdpo_megatron.sandbox import (
     configure,
     is_sandbox_user,
 )
+from gdpo_megatron.validate_fp8 import fp8_problems
 from gdpo_megatron.validate_lora import lora_problems
 from gdpo_megatron.validate_memory import memory_problems
 
@@ -109,6 +110,7 @@ def _checks(
             yield lambda: _weights(folder, found)
     yield lambda: lora_problems(job, config, base_dir, arch)
     yield lambda: memory_problems(job, config, arch)
+    yield lambda: fp8_problems(job, config, arch)
     yield lambda: _optimizer(config, job)
     if isinstance(config, SFTConfig):
         yield lambda: _sft_data(config, base_dir, tokenizer)

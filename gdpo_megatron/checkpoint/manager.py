@@ -29,6 +29,12 @@ from gdpo_megatron.conversion.model_folder import HF_FILES
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 
+
+def saved_after(step: int) -> str:
+    """What a run that ends early says of its newest checkpoint."""
+    return f"the run is saved after step {step}; the same command goes on there"
+
+
 _NAME = re.compile(r"step_(\d{8})")
 
 

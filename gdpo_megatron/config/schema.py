@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
+from gdpo_megatron.config.fp8 import Fp8Config
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
 from gdpo_megatron.config.memory import MemoryConfig, RLMemoryConfig
@@ -93,6 +94,9 @@ class PrecisionConfig:
 
     params_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; with bfloat16 the optimizer keeps float32 master weights."""
+
+    fp8: Fp8Config | None = None
+    """Multiply in FP8 in the layers' linear parts, forward and backward; null does not."""
 
 
 @section

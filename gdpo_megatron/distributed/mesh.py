@@ -50,6 +50,9 @@ class Mesh:
     etp_group: ProcessGroup
     """Ranks that share each expert."""
 
+    tp_cp_group: ProcessGroup
+    """Ranks that share each tensor of a layer: its columns, its tokens."""
+
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank computes logits."""
@@ -116,6 +119,7 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
     cp_group: Any = ps.get_context_parallel_group()
     ep_group: Any = ps.get_expert_model_parallel_group()
     etp_group: Any = ps.get_expert_tensor_parallel_group()
+    tp_cp_group: Any = ps.get_tensor_and_context_parallel_group()
     mesh = Mesh(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -137,6 +141,7 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
         etp_rank=etp_group.rank(),
         etp_size=etp_group.size(),
         etp_group=etp_group,
+        tp_cp_group=tp_cp_group,
     )
     assert mesh.rank in mesh.trainer_ranks(mesh.dp_rank), "Megatron's rank order is not tp-cp-dp-pp"
     return mesh

@@ -167,6 +167,21 @@ METRICS: tuple[Metric, ...] = (
         "sft/padding_share", "share", "mean",
         "As update/padding_share.",
     ),
+    Metric(
+        "fp8/active", "1", "last",
+        "1 while the policy multiplies in FP8, 0 after it fell back. This only where precision.fp8 "
+        "is set, the following only in steps that precision.fp8.parity_check checks.",
+    ),
+    Metric(
+        "fp8/max_logprob_diff", "nats", "max",
+        "Largest difference of a completion token's log-prob with FP8 and without, in the first "
+        "micro-batch of each data-parallel rank, before the step's update.",
+    ),
+    Metric(
+        "fp8/grad_cosine", "1", "mean",
+        "Cosine of the angle between the gradients of these micro-batches with FP8 and without, "
+        "over all trained parameters; 1 where both are 0.",
+    ),
     Metric("sft/loss", "nats", "mean", "Cross-entropy per completion token."),
     Metric(
         "sft/tokens_per_second", "tokens/s", "mean",

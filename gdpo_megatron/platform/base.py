@@ -48,6 +48,10 @@ class Platform(Protocol):
         """Whether the Transformer Engine layer spec can be used."""
         ...
 
+    def missing_for_fp8(self) -> str | None:
+        """What torch's FP8 matrix product needs and this machine lacks; None where it runs."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until the device has done what was queued."""
         ...

@@ -49,6 +49,9 @@ class CpuPlatform:
     def has_transformer_engine(self) -> bool:
         return False
 
+    def missing_for_fp8(self) -> str | None:
+        return None  # computed in float32, from operands of 8 bits
+
     def synchronize(self) -> None:
         """CPU operations are done when they return."""
 

@@ -10,6 +10,8 @@ import torch
 
 from gdpo_megatron.platform.megatron_versions import megatron_version
 
+_FIRST_WITH_FP8 = (8, 9)  # Ada; Hopper is (9, 0)
+
 
 class CudaPlatform:
     """One GPU per rank."""
@@ -39,6 +41,16 @@ class CudaPlatform:
 
     def has_transformer_engine(self) -> bool:
         return importlib.util.find_spec("transformer_engine") is not None
+
+    def missing_for_fp8(self) -> str | None:
+        capability = torch.cuda.get_device_capability()
+        if capability >= _FIRST_WITH_FP8:
+            return None
+        has, needed = (".".join(map(str, it)) for it in (capability, _FIRST_WITH_FP8))
+        return (
+            f"a GPU of compute capability {needed} or higher (Ada, Hopper); "
+            f"{torch.cuda.get_device_name()} has {has}"
+        )
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()

@@ -26,10 +26,12 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from gdpo_megatron.platform import Platform
 from gdpo_megatron.policy.context_parallel import gather_keys, token_order
+from gdpo_megatron.policy.fp8_linear import Fp8Mode, fp8_layer_spec, is_fp8_layer
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -116,7 +118,12 @@ class SDPACoreAttention(MegatronModule):
 
 
 def block_spec(
-    config: TransformerConfig, platform: Platform, *, fused_norms: bool, vp_stage: int | None = None
+    config: TransformerConfig,
+    platform: Platform,
+    *,
+    fused_norms: bool,
+    vp_stage: int | None = None,
+    fp8: Fp8Mode | None = None,
 ) -> TransformerBlockSubmodules | ModuleSpec:
     """The layers of a pipeline stage for this platform.
 
@@ -126,8 +133,9 @@ def block_spec(
         fused_norms: whether a norm may be part of the linear layer that follows it, as in
             Transformer Engine's spec.
         vp_stage: which of this rank's virtual stages; None where there is one.
+        fp8: of the model; the layers that multiply in FP8 are the local ones.
     """
-    if fused_norms and platform.has_transformer_engine():
+    if fused_norms and fp8 is None and platform.has_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
         )
@@ -144,4 +152,11 @@ def block_spec(
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage)
     norm: Any = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=norm)
+    layers = [spec] * num_layers
+    if fp8 is not None:
+        first, in_fp8 = get_transformer_layer_offset(config, vp_stage), fp8_layer_spec(spec, fp8)
+        layers = [
+            in_fp8 if is_fp8_layer(fp8.config, first + i, config.num_layers) else spec
+            for i in range(num_layers)
+        ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)

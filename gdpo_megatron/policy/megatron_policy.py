@@ -31,6 +31,7 @@ from gdpo_megatron.policy.optimizer import (
     build_optimizer,
     build_scheduler,
     clip_gradients,
+    main_gradients,
     materialize_state,
 )
 
@@ -140,21 +141,7 @@ class MegatronPolicy(MegatronModel):
         Raises:
             FloatingPointError: the gradient is not finite; the weights are left as they were.
         """
-        self.train()
-        for ddp in self.ddp:
-            ddp.restore_grad_buffers()  # nothing, unless they were freed
-            ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-        def on_logprobs(
-            logprobs: Tensor, entropy: Tensor, batch: MicroBatch
-        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss, stats = loss_fn(logprobs, entropy, batch)
-            return loss, torch.ones((), dtype=torch.int), dict(stats)
-
-        reported = self.run_logprobs(
-            micro_batches, on_logprobs, temperature=temperature, forward_only=False
-        )
+        reported = self._accumulate(micro_batches, loss_fn, temperature)
         stats = self._reduce_stats(reported, loss_fn)
         stats["padding_share"] = self.padding_share(micro_batches)
         # Before the step, not after it: the first one of a warmup would have a rate of 0.
@@ -167,6 +154,47 @@ class MegatronPolicy(MegatronModel):
             )
         self.optimizer.step_with_ready_grads()
         return stats
+
+    def gradients(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, *, temperature: float
+    ) -> list[Tensor]:
+        """The gradient that `update` would clip and follow, and nothing is changed.
+
+        Args:
+            micro_batches: as of `update`.
+            loss_fn: as of `update`.
+            temperature: as of `update`.
+
+        Returns:
+            This rank's part, float32; see `main_gradients`.
+        """
+        self._accumulate(micro_batches, loss_fn, temperature)
+        gradients = main_gradients(self.optimizer)
+        self._clear_gradients()
+        return gradients
+
+    def _clear_gradients(self) -> None:
+        for ddp in self.ddp:
+            ddp.restore_grad_buffers()  # nothing, unless they were freed
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _accumulate(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, temperature: float
+    ) -> list[Any]:
+        """Forward and backward, reduced over ranks; returns what the last stage reports."""
+        self.train()
+        self._clear_gradients()
+
+        def on_logprobs(
+            logprobs: Tensor, entropy: Tensor, batch: MicroBatch
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            loss, stats = loss_fn(logprobs, entropy, batch)
+            return loss, torch.ones((), dtype=torch.int), dict(stats)
+
+        return self.run_logprobs(
+            micro_batches, on_logprobs, temperature=temperature, forward_only=False
+        )
 
     def _reduce_stats(
         self, reported: Sequence[Mapping[str, Tensor]], loss_fn: LossFn

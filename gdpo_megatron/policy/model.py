@@ -31,6 +31,8 @@ from gdpo_megatron.data.batching import FILLER_ROW_ID, MicroBatch
 from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.distributed.mesh import Mesh
 from gdpo_megatron.platform import Platform
+from gdpo_megatron.policy.fp8 import ALIGNMENT
+from gdpo_megatron.policy.fp8_linear import Fp8Mode
 from gdpo_megatron.policy.head import LabelHead, LabelRequest
 from gdpo_megatron.policy.layer_spec import block_spec
 from gdpo_megatron.policy.lora import Lora
@@ -81,6 +83,10 @@ class MegatronModel:
         memory = memory or MemoryConfig()
         self.packing = packing
         self.config = transformer_config(arch, parallel, precision, memory, platform)
+        self.fp8: Fp8Mode | None = None
+        """Whether its layers multiply in FP8; None where they cannot."""
+        if precision.fp8 is not None:
+            self.fp8 = Fp8Mode(precision.fp8, mesh.tp_cp_group)
         self._layers_per_stage = stage_layers(arch.num_layers, parallel)
         self._fused_norms, self._max_sequence_length = fused_norms, max_sequence_length
         self._num_chunks = parallel.virtual_pipeline_model_parallel_size
@@ -107,7 +113,11 @@ class MegatronModel:
         vp_stage = chunk if self._num_chunks > 1 else None
         # Megatron's annotation leaves out one of the two that it takes.
         spec: Any = block_spec(
-            self.config, self.platform, fused_norms=self._fused_norms, vp_stage=vp_stage
+            self.config,
+            self.platform,
+            fused_norms=self._fused_norms,
+            vp_stage=vp_stage,
+            fp8=self.fp8,
         )
         gpt = build_gpt(
             self.config,
@@ -360,7 +370,12 @@ class MegatronModel:
     def length_multiple(self) -> int:
         """Tokens of a row, or of a pack, are padded to this, so that ranks can share them."""
         multiple = 2 * self.mesh.cp_size if self.mesh.cp_size > 1 else 1
-        return multiple * self.mesh.tp_size if self.config.sequence_parallel else multiple
+        if self.config.sequence_parallel:
+            multiple *= self.mesh.tp_size
+        if self.fp8 is not None:
+            # Padding is seen by the scales: the same in every layout whose multiple divides this.
+            multiple = math.lcm(multiple, ALIGNMENT)
+        return multiple
 
     def micro_batching(self, config: MicroBatchConfig) -> MicroBatching:
         """How rows are cut into micro-batches for this model."""

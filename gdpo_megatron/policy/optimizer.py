@@ -18,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from gdpo_megatron.config import schema
 from gdpo_megatron.policy.megatron_api import build_config
@@ -90,6 +91,17 @@ def clip_gradients(optimizer: MegatronOptimizer) -> float:
                 parameters, max_norm=part.config.clip_grad, total_norm=norm
             )
     return norm
+
+
+def main_gradients(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """This rank's part of the reduced gradient, float32 copies.
+
+    The ranks' parts are disjoint, and together the whole gradient: what several ranks hold is with
+    one of them. Call after the backward pass and before the gradients are clipped.
+    """
+    optimizer.prepare_grads()
+    parts: list[Any] = _parts(optimizer)
+    return [g.float().clone() for part in parts for g in part.get_main_grads_for_grad_norm()]
 
 
 def materialize_state(optimizer: MegatronOptimizer) -> None:

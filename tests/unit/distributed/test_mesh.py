@@ -3,6 +3,7 @@ tests/distributed."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from gdpo_megatron.distributed.mesh import EngineMesh, Mesh, engine_mesh
 
 
 def mesh(tp: int, pp: int, dp: int, rank: int = 0) -> Mesh:
-    groups: Any = dict.fromkeys(("tp_group", "pp_group", "dp_group"))
+    groups: Any = {field.name: None for field in fields(Mesh) if field.name.endswith("_group")}
+    alone = {"cp_rank": 0, "cp_size": 1, "ep_rank": 0, "ep_size": 1, "etp_rank": 0, "etp_size": 1}
     return Mesh(
         rank=rank,
         world_size=tp * pp * dp,
@@ -23,6 +25,7 @@ def mesh(tp: int, pp: int, dp: int, rank: int = 0) -> Mesh:
         pp_size=pp,
         dp_rank=rank // tp % dp,
         dp_size=dp,
+        **alone,
         **groups,
     )
 
