@@ -24,7 +24,7 @@ from megatron.core.distributed import DistributedDataParallel
 from gdpo_megatron.checkpoint import CheckpointManager
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.memory import MemoryConfig
-from gdpo_megatron.config.schema import PrecisionConfig
+from gdpo_megatron.config.schema import MicroBatchConfig, PrecisionConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint, RandomWeights
 from gdpo_megatron.data.batching import MicroBatch, make_micro_batches
@@ -105,7 +105,7 @@ class Run:
             finalize(*args, **kwargs)
             self.gradients.append(
                 {
-                    f"{i}.{name}": parameter.main_grad.clone()
+                    f"{i}.{name}": _main_grad(parameter).clone()
                     for i, chunk in enumerate(self.policy.chunks)
                     for name, parameter in chunk.named_parameters()
                     if parameter.requires_grad
@@ -118,7 +118,7 @@ class Run:
         rollouts = make_rollouts()
         rows = [rollouts.row(s) for s in samples]
         own = list(range(len(rows)))[self.mesh.dp_rank :: self.mesh.dp_size]
-        batching = self.policy.micro_batching(_TwoRows())
+        batching = self.policy.micro_batching(MicroBatchConfig(micro_batch_size=2))
         lengths = [len(prompt) + len(completion) for prompt, completion in rows]
         peers = [lengths[rank :: self.mesh.dp_size] for rank in range(self.mesh.dp_size)]
         return make_micro_batches([rows[i] for i in own], batching, peers=peers)
@@ -147,8 +147,8 @@ class Run:
         }
 
 
-class _TwoRows:
-    micro_batch_size, max_tokens_per_micro_batch, packing = 2, None, False
+def _main_grad(parameter: Any) -> Tensor:
+    return parameter.main_grad
 
 
 def compare(models: str, layouts: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
@@ -203,7 +203,8 @@ def _reference(run: Run, undisturbed: Run) -> dict[str, Any]:
 
 
 def _buffers(policy: MegatronPolicy) -> list[Any]:
-    return [b for ddp in policy.ddp for b in [*ddp.buffers, *ddp.expert_parallel_buffers]]
+    chunks: list[Any] = policy.ddp
+    return [b for ddp in chunks for b in [*ddp.buffers, *ddp.expert_parallel_buffers]]
 
 
 def freed(models: str, folder: str, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -287,7 +288,7 @@ def peaks(
             )
             batches = make_micro_batches(
                 [(row[:1].tolist(), row[1:].tolist()) for row in rows],
-                policy.micro_batching(_AllRows()),
+                policy.micro_batching(MicroBatchConfig(micro_batch_size=len(rows))),
             )
             # Without the optimizer's own memory, which is the same for all.
             with mock.patch.object(policy.optimizer, "step_with_ready_grads"):
@@ -298,14 +299,10 @@ def peaks(
     return results
 
 
-class _AllRows:
-    micro_batch_size, max_tokens_per_micro_batch, packing = 1000, None, False
-
-
 # ---- mistakes ------------------------------------------------------------------------------------
 
 
-def last_chunk_without_weight_gradient() -> AbstractContextManager[None]:
+def last_chunk_without_weight_gradient() -> AbstractContextManager[Any]:
     """The output layer learns nothing from the last chunk of tokens."""
     original = logprobs._Softmax.backward
 
@@ -316,14 +313,14 @@ def last_chunk_without_weight_gradient() -> AbstractContextManager[None]:
     return mock.patch.object(logprobs._Softmax, "backward", backward)
 
 
-def hidden_gradient_of_one_rank() -> AbstractContextManager[None]:
+def hidden_gradient_of_one_rank() -> AbstractContextManager[Any]:
     """The hidden states' gradient is not summed over tensor-parallel ranks."""
     return mock.patch.object(
         head, "copy_to_tensor_model_parallel_region", lambda hidden, group: hidden
     )
 
 
-def hidden_gradient_scattered() -> AbstractContextManager[None]:
+def hidden_gradient_scattered() -> AbstractContextManager[Any]:
     """Under sequence parallelism a rank takes its part of its own gradient, not of the sum."""
 
     def gather(hidden: Tensor, group: Any) -> Tensor:
@@ -334,12 +331,12 @@ def hidden_gradient_scattered() -> AbstractContextManager[None]:
     return mock.patch.object(head, "gather_from_sequence_parallel_region", gather)
 
 
-def no_gradient_asked() -> AbstractContextManager[None]:
+def no_gradient_asked() -> AbstractContextManager[Any]:
     """What is recomputed under a frozen embedding has no input with a gradient."""
     return mock.patch.object(MegatronPolicy, "_ask_for_gradients", lambda self: None)
 
 
-def other_inputs_recomputed() -> AbstractContextManager[None]:
+def other_inputs_recomputed() -> AbstractContextManager[Any]:
     """What is recomputed is not what was computed."""
     original = tensor_parallel.random.CheckpointFunction.backward
 
@@ -357,12 +354,12 @@ def _is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def parts_not_gathered() -> AbstractContextManager[None]:
+def parts_not_gathered() -> AbstractContextManager[Any]:
     """A rank exchanges its part and never sees the others'."""
     return mock.patch.object(SwappedReference, "_gather", lambda self: None)
 
 
-def buffers_stay() -> AbstractContextManager[None]:
+def buffers_stay() -> AbstractContextManager[Any]:
     """Nothing is given back."""
     return mock.patch.object(DistributedDataParallel, "offload_grad_buffers", lambda self: None)
 

@@ -18,7 +18,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     recorded = profiler.profiler
     assert recorded is not None and recorded.kineto_results is not None
     events = [
-        (event.start_ns(), event.nbytes())
+        (event.start_ns(), event.nbytes())  # pyright: ignore[reportAttributeAccessIssue]
         for event in recorded.kineto_results.events()
         if event.name() == "[memory]"
     ]
