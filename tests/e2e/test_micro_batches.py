@@ -1,7 +1,7 @@
 """Packing and token budgets from the command line: the same run, less work.
 
 Same seed, so the same rollouts in step 1. In step 2 weights differ by rounding, and so may a token:
-what is compared exactly is step 1. The numbers themselves: tests/distributed/test_batching_layouts.
+only step 1 is compared. The numbers themselves: tests/distributed/test_batching_layouts.py.
 """
 
 from __future__ import annotations
@@ -37,15 +37,12 @@ def test_train(tmp_path: Path):
     needed("models/stories260K")
     padded = _train(tmp_path / "padded", micro_batch_size=8)
     packed = _train(tmp_path / "packed", packing="true", max_tokens_per_micro_batch=300)
-    budget = _train(tmp_path / "budget", max_tokens_per_micro_batch=300)
-    for other in (packed, budget):
-        assert len(other) == 2
-        assert other[0]["rollout/num_tokens"] == padded[0]["rollout/num_tokens"]
-        for name in ("update/loss", "update/kl", "update/entropy", "optimizer/grad_norm"):
-            assert other[0][name] == pytest.approx(padded[0][name], rel=1e-4, abs=1e-6), name
+    assert len(packed) == 2
+    assert packed[0]["rollout/num_tokens"] == padded[0]["rollout/num_tokens"]
+    for name in ("update/loss", "update/kl", "update/entropy", "optimizer/grad_norm"):
+        assert packed[0][name] == pytest.approx(padded[0][name], rel=1e-4, abs=1e-6), name
     assert [step["update/padding_share"] for step in packed] == [0, 0]
-    shares = [steps[0]["update/padding_share"] for steps in (budget, padded)]
-    assert 0 < shares[0] < shares[1]
+    assert padded[0]["update/padding_share"] > 0
 
 
 def test_sft(quickstart: Path, sft: Path):
