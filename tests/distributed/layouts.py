@@ -26,7 +26,7 @@ Results = dict[str, dict[str, Any]]
 LIMITS = {
     "logprobs": 2e-6,  # (4.8e-7)
     "first_step": 5e-6,  # (1.4e-6) loss, gradient norm and statistics
-    "gradients": 1e-5,  # (4.2e-6) of the worst tensor, to its largest entry, before the weights differ
+    "gradients": 1e-5,  # (4.2e-6) of the worst tensor, to its largest entry, in the first step
     "losses": 2e-5,  # (4.6e-7) of all three steps
     "grad_norms": 3e-5,  # (1.3e-6)
     "statistics": 2e-4,  # (3.9e-6)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.cli_job import Cli, Job
 from support.models import reference_model
 
@@ -55,10 +56,24 @@ def test_overrides_reach_the_workers_as_they_were_given(job: Job, run_cli: Cli):
 # ---- generate ------------------------------------------------------------------------------------
 
 
-def test_generate_completes_as_transformers_does(stories_folder: Path, run_cli: Cli):
+@pytest.mark.parametrize("tokenizer_file", ["tokenizer.json", "tokenizer.model"])
+def test_generate_completes_as_transformers_does(
+    tokenizer_file: str, stories_folder: Path, tmp_path: Path, run_cli: Cli
+):
+    """After a conversion there and back, which is bit for bit; with either tokenizer."""
+    for source, target, kind in (
+        (stories_folder, tmp_path / "megatron", "megatron"),
+        (tmp_path / "megatron", tmp_path / "hf", "hf"),
+    ):
+        assert run_cli("convert", str(source), str(target), "--to", kind).code == 0
+    weights = [load_file(it / "model.safetensors") for it in (stories_folder, tmp_path / "hf")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     prompts = ["Once upon a time", "Lily and the dog"]
     arguments = [it for prompt in prompts for it in ("--prompt", prompt)]
-    outcome = run_cli("generate", str(stories_folder), *arguments, "--max-completion-tokens", "40")
+    if tokenizer_file == "tokenizer.model":
+        arguments += ["--tokenizer", str(tmp_path / "hf" / tokenizer_file)]
+    outcome = run_cli("generate", str(tmp_path / "hf"), *arguments, "--max-completion-tokens", "40")
     assert (outcome.code, outcome.err) == (0, "")
     tokenizer, model = load_tokenizer(stories_folder), reference_model(stories_folder)
     expected = ""
