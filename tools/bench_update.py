@@ -187,6 +187,14 @@ def measure(name: str, folder: Path, updates: int, threads: int) -> dict[str, fl
     }
 
 
+def leave() -> None:
+    """End the process group, whose threads must not outlive the interpreter."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def make_model(folder: Path, config: dict[str, Any]) -> None:
     """Write random weights as a Hugging Face folder."""
     import torch
@@ -208,6 +216,7 @@ def main() -> None:
     if options.variant:
         result = measure(options.variant, options.folder, options.updates, options.threads)
         (options.folder / f"{options.variant}.json").write_text(json.dumps(result))
+        leave()
         return
     rows = make_rows(CONFIG["vocab_size"])
     lengths = sorted(len(prompt) + len(completion) for prompt, completion in rows)
