@@ -129,6 +129,7 @@ class GDPOTrainer:
             self.step, self.policy_version = state["step"], state["policy_version"]
             self.sampler.load_state_dict(state["sampler"])
             self.parity.load_state_dict(state.get("parity", {}))
+        self._free_grad_buffers()
         self.interrupt = Interrupt(parts.platform)
         self.timers = PhaseTimers(synchronize=parts.platform.synchronize)
         self.metrics = MetricsLogger(
@@ -184,8 +185,6 @@ class GDPOTrainer:
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step; returns its metrics, and those that a person watches."""
         sampler_state = self.sampler.state_dict()
-        if self.config.memory.free_grad_buffers_during_rollout:
-            self.policy.free_grad_buffers()
         with self._phase("weight_sync"):
             self.engine.wake()
             sync = sync_weights(self.policy, self.engine, self.policy_version)
@@ -339,7 +338,12 @@ class GDPOTrainer:
                 )
                 self.policy_version += 1
                 results.append(update_metrics(stats, loss))
+            self._free_grad_buffers()
         return combine_minibatches(results) | checked | self.parity.metrics()
+
+    def _free_grad_buffers(self) -> None:
+        if self.config.memory.free_grad_buffers_during_rollout:
+            self.policy.free_grad_buffers()
 
     def _check_parity(
         self, plans: Sequence[MinibatchPlan], minibatches: Sequence[Sequence[RolloutMicroBatch]]

@@ -37,7 +37,11 @@ MOE = {**MLP, "recompute_modules": ("core_attn", "moe")}
 CHUNKS = {"logprob_chunk_tokens": 7}
 
 # Relative to the largest value of a tensor; in brackets the largest measured in any layout.
-LIMITS = {"logprobs": 1e-6, "gradients": 5e-6, "weights": 1e-4}
+LIMITS = {
+    "logprobs": 1e-6,  # (1.3e-7)
+    "gradients": 5e-6,  # (2.4e-7) of the first update
+    "weights": 1e-4,  # (3.3e-6) after it, and the second update's gradients and log-probs
+}
 
 VARIANTS: dict[str, Case] = {
     "plain": {},
