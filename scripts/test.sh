@@ -35,7 +35,8 @@ next_tests=(
   tests/distributed/test_versions.py
   tests/distributed/test_layouts.py
   tests/distributed/test_conversion.py
-  tests/e2e/test_quickstart_flow.py
+  tests/e2e/test_quickstart_flow.py::test_sft_learns_and_exports
+  tests/e2e/test_quickstart_flow.py::test_training_logs_every_step
 )
 ((full == 0)) || next_tests=(tests/unit/platform tests/unit/policy tests/distributed tests/e2e)
 

@@ -27,6 +27,8 @@ from megatron.core import dist_checkpointing
 
 from gdpo_megatron.conversion.model_folder import HF_FILES
 from gdpo_megatron.distributed.mesh import Mesh
+from gdpo_megatron.errors import InputError
+from gdpo_megatron.platform.megatron_versions import megatron_version, shown
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 
 
@@ -103,12 +105,16 @@ class CheckpointManager:
 
         Returns:
             The state given to `save`, with "step"; None where the run has no checkpoint yet.
+
+        Raises:
+            InputError: a later version of megatron-core has saved it, in a form of its own.
         """
         steps = self.steps()
         dist.barrier()  # all ranks have looked before anyone can write
         if not steps:
             return None
         folder = self._folder / f"step_{steps[-1]:08d}"
+        _check_version(folder)
         loaded: Any = dist_checkpointing.load(policy.sharded_state_dict(loading=True), str(folder))
         policy.load_state_dict(loaded)
         run = json.loads((folder / "run.json").read_text())
@@ -117,6 +123,16 @@ class CheckpointManager:
             path = folder / f"rng_{self._mesh.rank:05d}.json"
             _set_rng_state(json.loads(path.read_text()))
         return run
+
+
+def _check_version(folder: Path) -> None:
+    # 0.19 keeps what is not sharded among the tensors; 0.16 wants a file, and 0.19 reads both.
+    if megatron_version() < (0, 19, 0) and not (folder / "common.pt").is_file():
+        raise InputError(
+            f"{folder}: saved by megatron-core 0.19 or later, whose checkpoints "
+            f"{shown(megatron_version())} cannot go on with; install that one again, or start a "
+            "new run with model.hf_path set to this folder"
+        )
 
 
 def _rng_state() -> dict[str, Any]:
