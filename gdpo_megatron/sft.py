@@ -116,7 +116,7 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
             if parity.due(step):
                 display.phase("parity_check")
                 try:
-                    checked, message = parity.check(micro_batches[0], loss, temperature=1.0)
+                    checked, message = parity.check(micro_batches[0], temperature=1.0)
                 except Fp8Drift as error:
                     logger.log(step + 1, error.metrics | parity.metrics())
                     sampler.load_state_dict(sampler_state)

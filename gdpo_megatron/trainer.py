@@ -321,15 +321,12 @@ class GDPOTrainer:
                 )
                 for plan in plans
             ]
+        checked = self._check_parity(plans, minibatches)
         with self._phase("logprobs"):
-            filled = [self._with_logprobs(batches) for batches in minibatches]
-        checked, fell_back = self._check_parity(plans, filled)
-        if fell_back:
-            with self._phase("logprobs"):
-                filled = [self._with_logprobs(batches) for batches in minibatches]
+            minibatches = [self._with_logprobs(batches) for batches in minibatches]
         results: list[dict[str, float]] = []
         with self._phase("update"):
-            for plan, micro_batches in zip(plans, filled, strict=True):
+            for plan, micro_batches in zip(plans, minibatches, strict=True):
                 if not plan.num_loss_rows:
                     continue
                 loss = PolicyLoss(config.loss, plan, config.rollout.max_completion_tokens)
@@ -347,21 +344,17 @@ class GDPOTrainer:
 
     def _check_parity(
         self, plans: Sequence[MinibatchPlan], minibatches: Sequence[Sequence[RolloutMicroBatch]]
-    ) -> tuple[dict[str, float], bool]:
-        """Check FP8 on the step's first micro-batch; returns metrics and whether it was left."""
-        filled = [pair for pair in zip(plans, minibatches, strict=True) if pair[0].num_loss_rows]
-        if not filled or not self.parity.due(self.step):
-            return {}, False
-        plan, micro_batches = filled[0]
+    ) -> dict[str, float]:
+        """Check FP8 on the step's first micro-batch, before anything is computed in it."""
+        pairs = zip(plans, minibatches, strict=True)
+        first = next((batches[0] for plan, batches in pairs if plan.num_loss_rows), None)
+        if first is None or not self.parity.due(self.step):
+            return {}
         with self._phase("parity_check"):
-            metrics, message = self.parity.check(
-                micro_batches[0],
-                PolicyLoss(self.config.loss, plan, self.config.rollout.max_completion_tokens),
-                temperature=self.config.rollout.temperature,
-            )
+            metrics, message = self.parity.check(first, temperature=self.config.rollout.temperature)
         if message is not None:
             self.display.message(message)
-        return metrics, message is not None
+        return metrics
 
     def _exchange(
         self, batch: RolloutBatch, samples: Sequence[Sequence[Sequence[int]]], lengths: list[int]

@@ -179,8 +179,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "fp8/grad_cosine", "1", "mean",
-        "Cosine of the angle between the gradients of these micro-batches with FP8 and without, "
-        "over all trained parameters; 1 where both are 0.",
+        "Cosine of the angle between the gradients of the sum of these log-probs with FP8 and "
+        "without, over all trained parameters; 1 where both are 0.",
     ),
     Metric("sft/loss", "nats", "mean", "Cross-entropy per completion token."),
     Metric(

@@ -1,9 +1,12 @@
 """The FP8 parity check: the same micro-batch with FP8 and without, and what is done about it.
 
-Two passes over the first micro-batch of an update give the log-probs and the gradient of FP8 and of
-params_dtype. The drift between them is logged; above its bound the run stops, or goes on without
-FP8. The check leaves nothing behind: weights, optimizer and random state are as they were, and
-gradients are zeroed, as they are at the start of every update.
+Two passes over the first micro-batch of an update give the log-probs of its completions, and the
+gradient of their sum, in FP8 and in params_dtype. That sum always has a gradient; the update's own
+loss may have none, or one that is all rounding, where rewards of a group are equal.
+
+The drift between them is logged; above its bound the run stops, or goes on without FP8. The check
+leaves nothing behind: weights, optimizer and random state are as they were, and gradients are
+zeroed, as they are at the start of every update.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 from gdpo_megatron.config.fp8 import Fp8Config
 from gdpo_megatron.data.batching import MicroBatch
 from gdpo_megatron.errors import InputError
-from gdpo_megatron.policy.megatron_policy import LossFn, MegatronPolicy
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.model import MegatronModel
 
 
@@ -52,19 +55,19 @@ class Drift:
     grad_cosine: float
 
 
-class _Recorded:
-    """A loss function that keeps the log-probs that it was given."""
+class _Likelihood:
+    """Minus the completions' log-probs, which are kept."""
 
-    def __init__(self, loss_fn: LossFn):
-        self._loss_fn = loss_fn
-        self.sums, self.maxima = loss_fn.sums, loss_fn.maxima
+    sums = maxima = ()
+
+    def __init__(self) -> None:
         self.logprobs: list[Tensor] = []
 
     def __call__(
         self, logprobs: Tensor, entropy: Tensor, batch: MicroBatch
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         self.logprobs.append(logprobs.detach()[batch.loss_mask])
-        return self._loss_fn(logprobs, entropy, batch)
+        return -(logprobs * batch.loss_mask).sum(), {}
 
 
 @contextmanager
@@ -77,18 +80,15 @@ def _without_fp8(policy: MegatronPolicy) -> Iterator[None]:
         policy.fp8.active = True
 
 
-def measure_drift(
-    policy: MegatronPolicy, micro_batch: MicroBatch, loss_fn: LossFn, *, temperature: float
-) -> Drift:
+def measure_drift(policy: MegatronPolicy, micro_batch: MicroBatch, *, temperature: float) -> Drift:
     """Compare a micro-batch in FP8 and in params_dtype; collective over the trainer's mesh.
 
     Args:
         policy: with FP8 active.
         micro_batch: of this data-parallel rank.
-        loss_fn: of the update that it belongs to.
         temperature: of the log-probs.
     """
-    in_fp8, without = _Recorded(loss_fn), _Recorded(loss_fn)
+    in_fp8, without = _Likelihood(), _Likelihood()
     gradient = policy.gradients([micro_batch], in_fp8, temperature=temperature)
     with _without_fp8(policy):
         exact = policy.gradients([micro_batch], without, temperature=temperature)
@@ -154,7 +154,7 @@ class ParityGate:
         return {"fp8/active": float(self.active)} if self._modes else {}
 
     def check(
-        self, micro_batch: MicroBatch, loss_fn: LossFn, *, temperature: float
+        self, micro_batch: MicroBatch, *, temperature: float
     ) -> tuple[dict[str, float], str | None]:
         """Measure and act; collective. Arguments as of `measure_drift`.
 
@@ -166,7 +166,7 @@ class ParityGate:
         """
         check = self._check
         assert check is not None
-        drift = measure_drift(self._policy, micro_batch, loss_fn, temperature=temperature)
+        drift = measure_drift(self._policy, micro_batch, temperature=temperature)
         metrics = {
             "fp8/max_logprob_diff": drift.max_logprob_diff,
             "fp8/grad_cosine": drift.grad_cosine,

@@ -25,7 +25,7 @@ from torch import Tensor
 from gdpo_megatron.config.fp8 import Fp8Config
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.memory import MemoryConfig
-from gdpo_megatron.config.schema import PrecisionConfig
+from gdpo_megatron.config.schema import PrecisionConfig, TrainConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.policy import fp8 as numbers
@@ -220,11 +220,11 @@ def _case(
     gradients: list[dict[str, Tensor]] = []
     rank_layouts._keep_gradients(policy, gradients)
     recorded: Any = type("Recorded", (_Recorded,), {"dp_rank": mesh.dp_rank, "kept": []})
-    with (
-        mock.patch.object(rank_layouts, "MICRO_BATCH_SIZE", 1),
-        mock.patch.object(rank_layouts, "PolicyLoss", recorded),
-    ):
-        steps = rank_layouts._updates(policy, reference, plans, make_rollouts(), engine, mesh)
+    batching = policy.micro_batching(TrainConfig(micro_batch_size=1))
+    with mock.patch.object(rank_layouts, "PolicyLoss", recorded):
+        steps = rank_layouts._updates(
+            policy, reference, plans, make_rollouts(), engine, batching, mesh
+        )
     weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
     return {
         "steps": steps,
@@ -261,6 +261,7 @@ def _gated(
     lora = {} if case["lora"] is None else {"lora": LoraConfig(rank=case["lora"])}
     policy, reference, plans = _models(folder, case, layout, **lora)
     gate = ParityGate(policy.fp8.config if policy.fp8 else None, policy, reference)
+    batching = policy.micro_batching(TrainConfig(micro_batch_size=2))
     result: dict[str, Any] = {"metrics": [], "message": None, "stopped": None, "left": []}
     result["start"] = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
     update = policy.update
@@ -270,12 +271,14 @@ def _gated(
     ) -> dict[str, float]:
         if gate.due(len(result["metrics"])) and len(result["metrics"]) < case["checked"]:
             before = _state()
-            metrics, message = gate.check(batches[0], loss_fn, temperature=TEMPERATURE)
+            metrics, message = gate.check(batches[0], temperature=TEMPERATURE)
             result["left"] += [
                 name for name, x in before.items() if not torch.equal(x, _state()[name])
             ]
             result["left"] += [
-                "gradient" for p in policy.gpt.parameters() if bool(p.main_grad.any())
+                "gradient"
+                for p in policy.gpt.parameters()
+                if p.requires_grad and bool(p.main_grad.any())
             ]
             result["metrics"].append(metrics | gate.metrics())
             result["message"] = message or result["message"]
@@ -284,7 +287,7 @@ def _gated(
     policy.update = checked_update
     try:
         result["steps"] = rank_layouts._updates(
-            policy, reference, plans, make_rollouts(), engine, layout["mesh"]
+            policy, reference, plans, make_rollouts(), engine, batching, layout["mesh"]
         )
     except Fp8Drift as error:
         result["stopped"], result["metrics"] = error.problems, [error.metrics]

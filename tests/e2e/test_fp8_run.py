@@ -20,12 +20,13 @@ WORKER = """
 import os, runpy, sys
 from pathlib import Path
 
-os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-from gdpo_megatron.policy import fp8
+if __name__ == "__main__":
+    os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    from gdpo_megatron.policy import fp8
 
-original, sabotage = fp8.scale_of, Path(__file__).with_name("sabotage")
-fp8.scale_of = lambda *args: original(*args) * (1e-5 if sabotage.exists() else 1.0)
-runpy.run_module("gdpo_megatron.worker", run_name="__main__")
+    original, sabotage = fp8.scale_of, Path(__file__).with_name("sabotage")
+    fp8.scale_of = lambda *args: original(*args) * (1e-5 if sabotage.exists() else 1.0)
+    runpy.run_module("gdpo_megatron.worker", run_name="__main__")
 """
 
 
@@ -103,7 +104,7 @@ def test_a_sabotaged_scale_stops_the_run(
 
 @pytest.mark.distributed
 def test_falling_back_lasts(tmp_path: Path, quickstart: Path) -> None:
-    """The step's old log-probs are computed again: the ratio of its only minibatch is 1."""
+    """The step that falls back is all without FP8: its ratio is 1, and the reference agrees."""
     make_run(tmp_path, quickstart, on_failure="fall_back")
     (tmp_path / "sabotage").touch()
     fell_back = run(tmp_path, "train")
