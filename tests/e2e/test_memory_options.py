@@ -1,7 +1,7 @@
-"""The `memory` keys through the command line: all of them together, and the run is the same run.
+"""The `memory` keys through the command line: many of them together, and the run is the same run.
 
-Two steps of the stories example on two ranks, with a KL term so that there is a reference. What the
-keys save is in tests/distributed/test_memory.py; the pipeline and context layouts too.
+Two steps of the stories example on two ranks, with a KL term so that there is a reference, and
+fine-tuning. What the keys save is in tests/distributed/test_memory.py, and so are the layouts.
 """
 
 from __future__ import annotations
@@ -26,17 +26,12 @@ STEPS = {
     "loss.kl_coef": 0.1,
     "checkpoint.export_hf": "false",
 }
-ALL_KEYS = {
+KEYS: dict[str, object] = {
     "memory.recompute_granularity": "selective",
     "memory.recompute_modules": "[mlp]",
     "memory.logprob_chunk_tokens": 50,
     "memory.free_grad_buffers_during_rollout": "true",
     "memory.reference": "swap",
-}
-FULL = {
-    "memory.recompute_granularity": "full",
-    "memory.recompute_method": "uniform",
-    "memory.recompute_num_layers": 1,
 }
 NUMBERS = ("update/", "optimizer/", "advantage/")
 """What a run computes; the others are times, or follow from rewards."""
@@ -62,22 +57,11 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("layout", "keys"),
-    [
-        ({}, ALL_KEYS),
-        (
-            {"parallel.tensor_model_parallel_size": 2, "parallel.sequence_parallel": "true"},
-            ALL_KEYS | {"memory.recompute_modules": "null"} | FULL,
-        ),
-    ],
-    ids=["dp2", "tp2 sp"],
-)
-def test_the_same_run(layout: dict[str, object], keys: dict[str, object], tmp_path: Path) -> None:
-    plain = train(tmp_path / "plain", layout)
+def test_the_same_run(tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain", {})
     # Stopped and resumed: the reference is still what the first step started from.
-    train(tmp_path / "saving", {**layout, **keys, "train.num_steps": 1})
-    saving = train(tmp_path / "saving", {**layout, **keys})
+    train(tmp_path / "saving", {**KEYS, "train.num_steps": 1})
+    saving = train(tmp_path / "saving", KEYS)
     assert [step["update/kl"] > 0 for step in saving] == [True, True]
     for mine, right in zip(saving, plain, strict=True):
         assert mine.keys() == right.keys()
