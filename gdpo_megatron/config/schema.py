@@ -32,7 +32,7 @@ class ModelConfig:
     """The policy, and what the reference starts from."""
 
     hf_path: str
-    """Hugging Face model folder: config.json, safetensors, tokenizer."""
+    """Model folder: of Hugging Face, a converted Megatron one, or a checkpoint of a run."""
 
     tokenizer_path: str | None = None
     """Tokenizer folder, or a SentencePiece .model file; null means hf_path."""
