@@ -99,9 +99,9 @@ def test_layers_are_the_formula_and_its_gradient(models: Path, tmp_path: Path) -
 
 # Largest difference from one process; in brackets what was measured.
 LIMITS = {
-    "logprobs": 1e-2,  # (1.0e-5) nats, of the first update
-    "gradients": 1e-2,  # (2.8e-6) of the first update, Euclidean, relative
-    "losses": 5e-2,  # (8.9e-3) of all three updates
+    "logprobs": 5e-3,  # (1.0e-5) nats, of the first update
+    "gradients": 5e-3,  # (2.8e-6) of the first update, Euclidean, relative
+    "losses": 5e-2,  # (1.8e-2) of all three updates
     "weights": 5e-3,  # (1.2e-3) after them, Euclidean, relative
 }
 
@@ -112,7 +112,7 @@ def one_rank(models: Path, engine_logprobs: Any, tmp_path_factory: pytest.TempPa
         "fp8": case(),
         "float32": case(fp8=None),
         "untied": case(model="untied"),
-        "qwen3": case(model="qwen3"),
+        "qwen2": case(model="qwen2"),
         "inner": case(
             fp8={
                 **FP8,
@@ -136,7 +136,7 @@ def two_ranks(models: Path, engine_logprobs: Any, tmp_path_factory: pytest.TempP
         {"pp": 2},
         fp8={**FP8, "num_first_layers_in_params_dtype": 1, "num_last_layers_in_params_dtype": 2},
     )
-    cases["qwen3"] = case({"tp": 2, "sp": True}, model="qwen3")
+    cases["qwen2"] = case({"tp": 2, "sp": True}, model="qwen2")
     cases["untied"] = case({"tp": 2}, model="untied")
     for mistake in ("scale_of_each_rank", "scale_of_one_rank"):
         cases[mistake] = case({"tp": 2, "sp": True}, mistake=mistake)
@@ -167,7 +167,7 @@ def differences(result: dict[str, Any], single: dict[str, Any]) -> dict[str, flo
     }
 
 
-@pytest.mark.parametrize("name", [*LAYOUTS, "inner", "qwen3", "untied"])
+@pytest.mark.parametrize("name", [*LAYOUTS, "inner", "qwen2", "untied"])
 def test_layouts(name: str, one_rank: Results, two_ranks: Results) -> None:
     single = one_rank["fp8" if name in LAYOUTS else name]
     measured = differences(two_ranks[name], single)
@@ -187,15 +187,15 @@ def test_virtual_stages(one_rank: Results, two_ranks: Results) -> None:
 def test_mistake_is_seen(mistake: str, one_rank: Results, two_ranks: Results) -> None:
     measured = differences(two_ranks[mistake], one_rank["fp8"])
     print(mistake, {key: f"{value:.1e}" for key, value in measured.items()})
-    for key in ("logprobs", "gradients"):  # measured 0.46 to 1.7
+    for key in ("logprobs", "gradients"):  # measured 0.59 to 1.0
         assert measured[key] > 20 * LIMITS[key]
 
 
 def test_what_fp8_changes(one_rank: Results) -> None:
     """Much more than a layout does; less where fewer layers have it; nothing where none has.
 
-    Measured, log-probs: 0.27 in five layers, 0.089 in two, 0.21 in bfloat16; gradients 0.23, 0.11,
-    0.19.
+    Measured, log-probs: 0.09 in five layers, 0.05 in two, 0.13 in bfloat16; gradients 0.15, 0.09,
+    0.16.
     """
     exact = one_rank["float32"]
     changed = {n: differences(one_rank[n], exact) for n in ("fp8", "inner", "none")}
