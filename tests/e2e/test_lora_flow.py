@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gdpo_megatron.config import yaml_text
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.full]
 
 LORA = {"rank": 4, "alpha": 8}
 REWARD = """def count(sample):
