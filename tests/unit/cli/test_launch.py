@@ -125,8 +125,11 @@ def run_with(script: Callable[[], None], *worker: str, saves: bool = True) -> in
             script()
         except BaseException as error:
             errors.append(error)
-            for child in family():
-                child.kill()
+            for child in psutil.Process().children(recursive=True):
+                if any(
+                    name in it for it in child.cmdline() for name in ("torchrun.py", "worker.py")
+                ):
+                    child.kill()
 
     thread = threading.Thread(target=play)
     thread.start()
@@ -145,8 +148,13 @@ def all_exist(folder: Path, suffix: str) -> bool:
     return all((folder / f"{i}.{suffix}").exists() for i in range(2))
 
 
-def family() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def family(stand_in: Path) -> list[psutil.Process]:
+    """The stand-ins; other tests may have left processes of the session running."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if any(str(stand_in) in argument for argument in process.cmdline())
+    ]
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -194,7 +202,7 @@ def test_an_interrupt_while_workers_import_waits_until_they_listen(stand_in: Pat
 
 def test_an_interrupt_before_there_are_workers_is_not_lost(stand_in: Path):
     def script() -> None:
-        wait_until(lambda: bool(psutil.Process().children()))
+        wait_until(lambda: bool(family(stand_in)))
         time.sleep(0.05)
         interrupt()
 
@@ -208,7 +216,7 @@ def test_a_second_interrupt_ends_everything_that_was_started(stand_in: Path):
 
     def script() -> None:
         wait_until(lambda: all_exist(stand_in, "listens"))
-        started.extend(family())
+        started.extend(family(stand_in))
         interrupt()
         time.sleep(0.5)
         assert all(it.is_running() for it in started)
@@ -225,7 +233,7 @@ def test_a_job_that_saves_nothing_ends_at_the_first_interrupt(stand_in: Path):
 
     def script() -> None:
         wait_until(lambda: all_exist(stand_in, "listens"))
-        started.extend(family())
+        started.extend(family(stand_in))
         interrupt()
         assert_gone(started)
 
@@ -237,8 +245,8 @@ def test_workers_do_not_outlive_a_killed_torchrun(stand_in: Path):
 
     def script() -> None:
         wait_until(lambda: all_exist(stand_in, "listens"))
-        started.extend(family())
-        psutil.Process().children()[0].kill()
+        started.extend(family(stand_in))
+        next(p for p in family(stand_in) if "torchrun.py" in p.cmdline()[1]).kill()
 
     assert run_with(script, "0") == 137
     assert_gone(started)
