@@ -7,6 +7,9 @@ sandbox, MODE:  programs per second of the sandbox by as many workers as there a
 suite:          processor time that running rewards in processes adds to them, for rewards that
                 take next to nothing, 1, 5 and 20 ms a rollout; see bench_reward_suite.py.
 
+math:           verifications per second of answers that only math-verify can judge, and with one in
+                200 that would run for hours.
+
     OMP_NUM_THREADS=1 python tools/bench_rewards.py [ROW ...]
 
 A row is a function in ROWS that yields (what, value, unit); other parts of the rewards add theirs.
@@ -23,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bench_math import measure as math_rate
 from bench_reward_suite import suite_overhead
 
 from gdpo_megatron.config.sandbox import SandboxConfig
@@ -99,6 +103,15 @@ def suite_rows() -> Iterator[Row]:
         load = f"suite, rewards of {bare:.3g} ms a rollout"
         yield (f"{load}, overhead", 100 * overhead.share, "%")
         yield (f"{load}, overhead", overhead.microseconds, "us")
+
+
+@ROWS.register("math")
+def math_rows() -> Iterator[Row]:
+    """Verifications per second, with and without answers that would run for hours."""
+    for what, every in (("math", None), ("math, 1 in 200 hostile", 200)):
+        rate = math_rate(600, every, num_threads=os.cpu_count() or 1, timeout=3.0)
+        yield (what, rate.num_judged / rate.seconds, "verifications/s")
+        yield (f"{what}, cut off", rate.num_cut_off, "of 600")
 
 
 def main() -> None:
