@@ -601,6 +601,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        # Without a disk that can be full there is nothing to test.
         pytest.skip("only root can mount a tiny disk, and not in every container")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)

@@ -21,7 +21,7 @@ def start(mode: str, **options) -> Sandbox:
     except SandboxUnavailable as error:
         lacks = not supported() or (mode == "inner" and not landlock_abi())
         if lacks or (mode == "bwrap" and any(reason in str(error) for reason in _REASONS)):
-            pytest.skip(str(error))
+            pytest.skip(str(error))  # the kernel or the container lacks the layer under test
         raise
 
 

@@ -44,6 +44,7 @@ def python_for_nobody() -> Iterator[Path]:
     The user's own may lie below a home folder that is closed to others, and pytest closes its own.
     """
     if os.geteuid() != 0:
+        # Right: setuid needs root, and any other user is already the case under test.
         pytest.skip("only root can become nobody; as another user, the tests above say it all")
     with tempfile.TemporaryDirectory(prefix="gdpo-nobody-") as made:
         Path(made).chmod(0o755)
@@ -104,6 +105,7 @@ def test_as_nobody(mode: str, python_for_nobody: Path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     if mode == "bwrap" and "unavailable" in found:
+        # Right: some hosts allow namespaces to root only; `inner` is then what protects.
         pytest.skip(f"not for an unprivileged user: {found['unavailable']}")
     assert set(found) == set(ATTACKS)
     assert {name: problems for name, problems in found.items() if problems} == {}

@@ -15,5 +15,5 @@ def needed(name: str) -> Path:
     path = ASSETS / name
     if not path.exists():
         # Assets are not part of the repository; CI has them, a plain clone need not.
-        pytest.skip(f"needs {path}; set GDPO_ASSETS")
+        pytest.skip(f"needs {path}; set GDPO_ASSETS")  # never in CI, which has the assets
     return path

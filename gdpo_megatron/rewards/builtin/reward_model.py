@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from string import Formatter
 from typing import Annotated, Any, TypeAlias
 
@@ -99,12 +99,20 @@ async def reward_model(
         num_retries=num_retries,
         api_key_env=api_key_env,
     )
+    return await _score_group(
+        server, {"samples": body}, lambda reply: _field(reply, "scores"), len(samples)
+    )
+
+
+async def _score_group(
+    server: JsonServer, body: object, read: Callable[[Any], Any], num_samples: int
+) -> list[RewardResult]:
+    """One request for a group; whatever fails, fails for all of it."""
     try:
         async with server:
-            reply = await server.post({"samples": body})
-        return _scores(_field(reply, "scores"), len(samples))
+            return _scores(read(await server.post(body)), num_samples)
     except ServerError as error:
-        return [invalid(error.reason, error.detail)] * len(samples)
+        return [invalid(error.reason, error.detail)] * num_samples
 
 
 @register_reward("reward_model_score", batch=True)
@@ -137,12 +145,10 @@ async def reward_model_score(
         num_retries=num_retries,
         api_key_env=api_key_env,
     )
-    try:
-        async with server:
-            reply = await server.post({"model": model, "text_1": prompts, "text_2": completions})
-        return _scores(_in_order(_field(reply, "data")), len(samples))
-    except ServerError as error:
-        return [invalid(error.reason, error.detail)] * len(samples)
+    body = {"model": model, "text_1": prompts, "text_2": completions}
+    return await _score_group(
+        server, body, lambda reply: _in_order(_field(reply, "data")), len(samples)
+    )
 
 
 @register_reward("reward_model_chat", batch=True)

@@ -143,7 +143,7 @@ def _answer(value: object) -> int:
 def _finish(code: int) -> int:
     """What an interpreter does on its way out; programs rely on all of it."""
     try:
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+        threading._shutdown()  # type: ignore[attr-defined]  # private, so not in the stubs: joins threads
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__):
             if stream is not None and not stream.closed:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import MODELS, save_model
+from support.models import MODELS
 
 from gdpo_megatron.conversion.convert import Format, convert
 from gdpo_megatron.conversion.families import load_architecture
@@ -28,20 +28,6 @@ from gdpo_megatron.conversion.output_folder import manifest_problems
 from gdpo_megatron.errors import InputError
 
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a model of `support.models`, made once; not to be changed."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            save_model(made[name], **MODELS[name])
-        return made[name]
-
-    return folder
 
 
 def tensors(folder: Path) -> Tensors:
@@ -58,12 +44,12 @@ def assert_same(found: Tensors, expected: Tensors) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back(name: str, saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_there_and_back(name: str, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """HF -> Megatron -> Megatron in other files -> HF -> HF in other files, bit for bit.
 
     The last is compared with what transformers wrote: key set and bytes.
     """
-    source = saved(name)
+    source = model_folder(name)
     ways: list[tuple[Format, int]] = [
         ("megatron", 30_000),
         ("megatron", 10**9),
@@ -97,9 +83,9 @@ def test_stories(stories_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "hf" / name).read_bytes() == (stories_folder / name).read_bytes()
 
 
-def test_files_beside_the_weights(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_files_beside_the_weights(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     source = tmp_path / "source"
-    convert(saved("gqa"), source, to="hf")
+    convert(model_folder("gqa"), source, to="hf")
     (source / "manifest.json").unlink()
     (source / "chat_template.jinja").write_text("{{ messages }}\n")
     (source / "additional_chat_templates").mkdir()
@@ -115,8 +101,8 @@ def test_files_beside_the_weights(saved: Callable[[str], Path], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("to", ["hf", "megatron"])
-def test_dtype(to: Format, saved: Callable[[str], Path], tmp_path: Path) -> None:
-    source = saved("qwen2")
+def test_dtype(to: Format, model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    source = model_folder("qwen2")
     convert(source, tmp_path / "half", to=to, dtype="bfloat16")
     expected = {name: tensor.bfloat16() for name, tensor in tensors(source).items()}
     assert_same(tensors(tmp_path / "half"), expected)
@@ -126,10 +112,10 @@ def test_dtype(to: Format, saved: Callable[[str], Path], tmp_path: Path) -> None
     assert json.loads((tmp_path / "half" / "manifest.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_several_dtypes(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_several_dtypes(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """No dtype is right for all of them by itself."""
     source = tmp_path / "mixed"
-    convert(saved("gqa"), source, to="hf")
+    convert(model_folder("gqa"), source, to="hf")
     held = load_file(source / "model.safetensors")
     held["model.norm.weight"] = held["model.norm.weight"].bfloat16()
     save_file(held, source / "model.safetensors")
@@ -145,8 +131,8 @@ def held_in_order(folder: Path) -> Tensors:
     return {name: checkpoint.get(name) for name in hf_shapes(arch)}
 
 
-def test_manifest(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    source = saved("tied")
+def test_manifest(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    source = model_folder("tied")
     done = convert(source, tmp_path / "out", to="megatron")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest == done.manifest
@@ -159,9 +145,9 @@ def test_manifest(saved: Callable[[str], Path], tmp_path: Path) -> None:
     assert {"hf/config.json", ".metadata", "metadata.json", "common.pt"} < files
 
 
-def test_embedding_has_a_file_of_its_own(saved: Callable[[str], Path]) -> None:
+def test_embedding_has_a_file_of_its_own(model_folder: Callable[[str], Path]) -> None:
     """torch's writer holds the last tensor of each key until a file ends."""
-    arch = load_architecture(saved("gqa"))
+    arch = load_architecture(model_folder("gqa"))
     groups = plan_files(arch, torch.float32, 10**9)
     keys = [{stored.places[0].key for stored in group} for group in groups]
     assert keys[0] == {"embedding.word_embeddings.weight"}
@@ -194,16 +180,18 @@ def bin_folder(source: Path, folder: Path, **options: Any) -> Path:
 @pytest.mark.parametrize(
     "options", [{}, {"sharded": True}, {"_use_new_zipfile_serialization": False}]
 )
-def test_bin(options: dict[str, Any], saved: Callable[[str], Path], tmp_path: Path) -> None:
-    source = bin_folder(saved("gqa"), tmp_path / "bin", **options)
+def test_bin(options: dict[str, Any], model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    source = bin_folder(model_folder("gqa"), tmp_path / "bin", **options)
     convert(source, tmp_path / "out", to="hf")
-    assert_same(tensors(tmp_path / "out"), tensors(saved("gqa")))
+    assert_same(tensors(tmp_path / "out"), tensors(model_folder("gqa")))
 
 
-def test_safetensors_come_first(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    source = bin_folder(saved("gqa"), tmp_path / "both")
+def test_safetensors_come_first(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    source = bin_folder(model_folder("gqa"), tmp_path / "both")
     (source / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    (source / "model.safetensors").write_bytes((saved("gqa") / "model.safetensors").read_bytes())
+    (source / "model.safetensors").write_bytes(
+        (model_folder("gqa") / "model.safetensors").read_bytes()
+    )
     convert(source, tmp_path / "out", to="megatron")
 
 
@@ -217,20 +205,22 @@ class RunsCode:
         return Path.write_text, (self.path, "code ran")
 
 
-def test_bin_that_would_run_code(saved: Callable[[str], Path], tmp_path: Path) -> None:
-    source = bin_folder(saved("gqa"), tmp_path / "bin")
+def test_bin_that_would_run_code(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    source = bin_folder(model_folder("gqa"), tmp_path / "bin")
     torch.save({"model.norm.weight": RunsCode(tmp_path / "ran")}, source / "pytorch_model.bin")
     with pytest.raises(InputError, match="it holds more than tensors, which is not loaded"):
         convert(source, tmp_path / "out", to="hf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bin"]
 
 
-def test_computed_buffers_of_old_llamas(saved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_computed_buffers_of_old_llamas(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = tmp_path / "old"
-    convert(saved("gqa"), source, to="hf")
+    convert(model_folder("gqa"), source, to="hf")
     held = load_file(source / "model.safetensors")
     for layer in range(2):
         held[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
     save_file(held, source / "model.safetensors")
     convert(source, tmp_path / "out", to="hf")
-    assert_same(tensors(tmp_path / "out"), tensors(saved("gqa")))
+    assert_same(tensors(tmp_path / "out"), tensors(model_folder("gqa")))

@@ -317,6 +317,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         text=True,
     )
     if mounted.returncode:
+        # Without a disk that can be full there is nothing to test; mounting takes root.
         pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
     yield folder
     # Lazily: a failed test may still hold a file of it.
