@@ -6,6 +6,7 @@ names (tests/unit/rewards).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -44,16 +45,25 @@ def rollout(sample_id: int, program: str, answer: str | None = TESTS) -> Rollout
 def servers(suite: RewardSuite) -> list[psutil.Process]:
     """Fork servers and their programs, below a suite's processes."""
     assert suite._pool is not None
-    return [
-        process
-        for process in psutil.Process(suite._pool.pid).children(recursive=True)
-        if any("recv(1 << 20)" in argument for argument in process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process(suite._pool.pid).children(recursive=True):
+        # One that ends while it is looked at is not there any more.
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie's error is one of these
+            if any("recv(1 << 20)" in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def none_left(processes: list[psutil.Process]) -> bool:
     deadline = time.monotonic() + 20
-    while any(p.is_running() and p.status() != "zombie" for p in processes):
+    while any(map(alive, processes)):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
