@@ -1,8 +1,7 @@
 """A Megatron GPTModel of one architecture: built, loaded, asked for log-probs, read out.
 
-`MegatronModel` is what policy and reference have in common. Weights enter and leave under their
-Hugging Face names through the one table in conversion/mapping.py; every rank takes its own part,
-so a model has the same weights in every layout.
+`MegatronModel` is what policy and reference have in common. How weights enter and leave it is in
+weights.py.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,13 +18,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.schema import MicroBatchConfig, ParallelConfig, PrecisionConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
-from gdpo_megatron.conversion.layouts import Layout
-from gdpo_megatron.conversion.mapping import Row, mapping_rows
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.batching import FILLER_ROW_ID, MicroBatch
 from gdpo_megatron.data.micro_batching import MicroBatching
@@ -35,24 +31,13 @@ from gdpo_megatron.policy.fp8 import ALIGNMENT
 from gdpo_megatron.policy.fp8_linear import Fp8Mode
 from gdpo_megatron.policy.head import LabelHead, LabelRequest
 from gdpo_megatron.policy.layer_spec import block_spec
-from gdpo_megatron.policy.lora import Lora
 from gdpo_megatron.policy.megatron_api import build_gpt
 from gdpo_megatron.policy.token_layout import PackedRows, PaddedRows, TokenLayout
 from gdpo_megatron.policy.transformer_config import transformer_config
+from gdpo_megatron.policy.weights import ShardedWeights
 
 
-class TensorReader(Protocol):
-    """Where weights come from: a checkpoint, or new ones."""
-
-    def get(self, name: str) -> Tensor:
-        """The full tensor of a Hugging Face name."""
-        ...
-
-
-ForwardFn = Callable[[Tensor, Tensor, MicroBatch], Any]
-
-
-class MegatronModel:
+class MegatronModel(ShardedWeights):
     """One model over the trainer's mesh.
 
     Args:
@@ -62,9 +47,6 @@ class MegatronModel:
         fused_norms: see block_spec.
         packing: compute the rows of a micro-batch end to end, not side by side.
     """
-
-    lora: Lora | None = None
-    """Adapters that belong to the weights."""
 
     def __init__(
         self,
@@ -91,14 +73,11 @@ class MegatronModel:
         self._fused_norms, self._max_sequence_length = fused_norms, max_sequence_length
         self._num_chunks = parallel.virtual_pipeline_model_parallel_size
         self.chunks = [self._build_chunk(index) for index in range(self._num_chunks)]
-        """This rank's part of the model: one for each of its virtual pipeline stages."""
         self.modules: list[torch.nn.Module] = list(self.chunks)
         """The chunks in whatever is wrapped around them."""
         if self.config.bf16:
             self.modules = [Float16Module(self.config, chunk) for chunk in self.chunks]
-        self.stage_rows = [
-            pair for chunk in range(self._num_chunks) for pair in self._rows_of(chunk)
-        ]
+        self._find_rows()
         self._head: LabelHead | None = None
         if mesh.is_last_stage:
             self._head = LabelHead(
@@ -151,121 +130,6 @@ class MegatronModel:
         self.train(False)
         for module in self.modules:
             module.requires_grad_(False)
-
-    # ---- weights -----------------------------------------------------------------------------
-
-    def _stage_of(self, row: Row) -> int:
-        """Pipeline stage that holds a row, counted in the order that a token passes them."""
-        if row.layer is None:
-            return len(self._layers_per_stage) - 1 if row.last else 0
-        stage, first = 0, 0
-        while row.layer >= first + self._layers_per_stage[stage]:
-            first += self._layers_per_stage[stage]
-            stage += 1
-        return stage
-
-    def _pp_rank_of(self, row: Row) -> int:
-        """Pipeline rank that holds a row; virtual stages go round the ranks."""
-        return self._stage_of(row) % self.mesh.pp_size
-
-    def _rows_of(self, chunk: int) -> Iterator[tuple[Row, torch.nn.Parameter]]:
-        stage = chunk * self.mesh.pp_size + self.mesh.pp_rank
-        first_layer = sum(self._layers_per_stage[:stage])
-        parameters = dict(self.chunks[chunk].named_parameters())
-        for row in mapping_rows(self.arch):
-            # A tied output layer is a parameter of its own only where the embedding is not at hand.
-            if self._stage_of(row) != stage or (row.import_only and self.mesh.pp_size == 1):
-                continue
-            ep_rank, expert = self._place_of_expert(row)
-            if ep_rank not in (None, self.mesh.ep_rank):
-                continue
-            prefix = "" if row.layer is None else f"decoder.layers.{row.layer - first_layer}."
-            possible = [prefix + name.replace("{expert}", str(expert)) for name in row.megatron]
-            names = [name for name in possible if name in parameters]
-            assert len(names) == 1, f"{row.megatron} has {len(names)} parameters on stage {stage}"
-            yield row, parameters.pop(names[0])
-        assert not parameters, f"parameters without a row in the mapping: {sorted(parameters)}"
-
-    def _place_of_expert(self, row: Row) -> tuple[int | None, int]:
-        """(expert-parallel rank, number there) of a row's expert; (None, 0) of other rows."""
-        if row.expert is None or self.arch.moe is None:
-            return None, 0
-        return divmod(row.expert, self.arch.moe.num_experts // self.mesh.ep_size)
-
-    @torch.no_grad()
-    def load_hf(self, reader: TensorReader) -> None:
-        """Fill this rank's parameters from full Hugging Face tensors."""
-        mesh = self.mesh
-        for row, parameter in self.stage_rows:
-            full = row.layout.merge([reader.get(n) for n in row.hf], self.arch, mesh.tp_size)
-            group = self._shard_group(row)
-            parameter.copy_(row.layout.shard(full, group.rank(), group.size()))
-
-    @torch.no_grad()
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights under their Hugging Face names, whole, in layer order; on every rank.
-
-        Collective over the trainer's mesh: each tensor is gathered over TP where it is held, and
-        broadcast to the other expert-parallel ranks and stages, one row at a time. A yielded tensor
-        may be a view of the parameter: copy what outlives the next update. Adapters are merged into
-        it, and the model is left as it is.
-        """
-        own = {row.hf: parameter for row, parameter in self.stage_rows if not row.import_only}
-        for row in mapping_rows(self.arch):
-            if row.import_only:
-                continue
-            shard = own.get(row.hf)
-            if shard is not None and self.lora and (adapter := self.lora.adapter(row)):
-                shard = adapter.merged(shard)
-            tensors = self.whole_tensors(row, row.layout, shard, row.shapes)
-            yield from zip(row.hf, tensors, strict=True)
-
-    def whole_tensors(
-        self,
-        row: Row,
-        layout: Layout,
-        shard: Tensor | None,
-        shapes: Sequence[tuple[int, ...]],
-    ) -> list[Tensor]:
-        """Whole tensors of the ranks that hold a row, on every rank; collective over the mesh.
-
-        Args:
-            row: says which pipeline stage and expert-parallel rank holds them.
-            layout: between what is held there and the tensors.
-            shard: this rank's part; None where the row is not held.
-            shapes: of the tensors.
-
-        Returns:
-            The tensors; where TP ranks share nothing, views of the shard.
-        """
-        mesh = self.mesh
-        pp_rank, (ep_rank, _) = self._pp_rank_of(row), self._place_of_expert(row)
-        if shard is not None:
-            full = self._unshard(layout, shard.detach(), self._shard_group(row))
-            tensors = [t.contiguous() for t in layout.split(full, self.arch)]
-        else:
-            dtype, device = self.config.params_dtype, self.platform.device
-            tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-        if ep_rank is not None and mesh.ep_size > 1 and pp_rank == mesh.pp_rank:
-            source = dist.get_global_rank(mesh.ep_group, ep_rank)
-            for tensor in tensors:
-                dist.broadcast(tensor, source, group=mesh.ep_group)
-        if mesh.pp_size > 1:
-            source = dist.get_global_rank(mesh.pp_group, pp_rank)
-            for tensor in tensors:
-                dist.broadcast(tensor, source, group=mesh.pp_group)
-        return tensors
-
-    def _shard_group(self, row: Row) -> ProcessGroup:
-        """The ranks that share a row's parameter, where its layout cuts it."""
-        return self.mesh.tp_group if row.expert is None else self.mesh.etp_group
-
-    def _unshard(self, layout: Layout, shard: Tensor, group: ProcessGroup) -> Tensor:
-        if group.size() == 1 or layout.tp_dim is None:
-            return shard
-        shards = [torch.empty_like(shard) for _ in range(group.size())]
-        dist.all_gather(shards, shard.contiguous(), group=group)
-        return layout.unshard(shards)
 
     # ---- forward -----------------------------------------------------------------------------
 

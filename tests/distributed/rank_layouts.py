@@ -42,7 +42,7 @@ from gdpo_megatron.data.batching import (  # noqa: E402
 from gdpo_megatron.data.micro_batching import MicroBatching  # noqa: E402
 from gdpo_megatron.distributed import mesh as meshes  # noqa: E402
 from gdpo_megatron.distributed.mesh import Mesh  # noqa: E402
-from gdpo_megatron.policy import model as policy_model  # noqa: E402
+from gdpo_megatron.policy import weights as policy_weights  # noqa: E402
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy  # noqa: E402
 from gdpo_megatron.policy.model import MegatronModel  # noqa: E402
 from gdpo_megatron.update import (  # noqa: E402
@@ -164,7 +164,7 @@ def _keep_gradients(policy: MegatronPolicy, kept: list[dict[str, Tensor]]) -> No
                     _gather_shards(bucket.grad_data, buffer.data_parallel_group)
         own = {row.hf: p for row, p in policy.stage_rows if not row.import_only}
         kept.append({})
-        for row in policy_model.mapping_rows(policy.arch):  # as a mistake may have it
+        for row in policy_weights.mapping_rows(policy.arch):  # as a mistake may have it
             if not row.import_only:
                 shard = own[row.hf].main_grad.clone() if row.hf in own else None
                 whole = policy.whole_tensors(row, row.layout, shard, row.shapes)

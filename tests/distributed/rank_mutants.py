@@ -15,7 +15,7 @@ from unittest import mock
 from tiny_llama import make_rollouts
 
 from gdpo_megatron.conversion import mapping
-from gdpo_megatron.policy import context_parallel, head, layer_spec, megatron_policy, model
+from gdpo_megatron.policy import context_parallel, head, layer_spec, megatron_policy, weights
 from gdpo_megatron.policy.layer_spec import SDPACoreAttention
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.model import MegatronModel
@@ -86,7 +86,7 @@ def first_and_last_layer_swapped() -> Iterator[None]:
             for row in right
         ]
 
-    with mock.patch.object(model, "mapping_rows", rows):
+    with mock.patch.object(weights, "mapping_rows", rows):
         yield
 
 
