@@ -13,7 +13,13 @@ import torch
 
 from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.paths import resolve_path
-from gdpo_megatron.config.schema import ModelConfig, ParallelConfig, PrecisionConfig
+from gdpo_megatron.config.schema import (
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RolloutConfig,
+)
+from gdpo_megatron.config.vllm import VllmConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import RandomWeights, stop_token_ids
@@ -25,9 +31,8 @@ from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
 from gdpo_megatron.platform import Platform
 from gdpo_megatron.policy.lora import peft_tensors
-from gdpo_megatron.policy.model import MegatronModel
-from gdpo_megatron.policy.weights import TensorReader
-from gdpo_megatron.rollout.base import RolloutEngine, engines
+from gdpo_megatron.policy.model import MegatronModel, TensorReader
+from gdpo_megatron.rollout.base import EngineSetup, RolloutEngine, engines
 
 PEFT_FOLDER = "peft"
 """Beside the export of a LoRA run: its adapters alone."""
@@ -81,20 +86,23 @@ class Parts:
         return model
 
     def engine(
-        self, name: str, tensor_parallel_size: int, max_concurrent_sequences: int
+        self, config: RolloutConfig, max_concurrent_sequences: int
     ) -> tuple[RolloutEngine, EngineMesh]:
         """A rollout engine over the same ranks; collective."""
-        engine_mesh = meshes.engine_mesh(self.mesh, tensor_parallel_size)
-        engine = engines.get(name)(
-            self.arch,
-            self.tokenizer,
+        engine_mesh = meshes.engine_mesh(self.mesh, config.tensor_parallel_size)
+        setup = EngineSetup(
+            arch=self.arch,
+            tokenizer=self.tokenizer,
+            model_files=model_files(self.folder),
             mesh=engine_mesh,
             platform=self.platform,
             dtype=getattr(torch, self.precision.params_dtype),
             max_sequence_length=self.model.max_sequence_length,
             max_concurrent_sequences=max_concurrent_sequences,
+            seed=self.seed,
+            vllm=config.vllm or VllmConfig(),
         )
-        return engine, engine_mesh
+        return engines.get(config.engine)(setup), engine_mesh
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: of the generation config, else of the tokenizer."""
@@ -145,7 +153,7 @@ def build_parts(
     seed: int,
 ) -> Parts:
     """Join the ranks and read what describes the model; collective."""
-    import gdpo_megatron.rollout.native  # noqa: F401  # registers the engine
+    import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 
     folder = resolve_path(base_dir, model.hf_path)
     files = model_files(folder)

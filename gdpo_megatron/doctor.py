@@ -159,7 +159,7 @@ def check_machine() -> Iterator[Finding]:
 @CHECKS.register("engines")
 def check_engines() -> Iterator[Finding]:
     """Rollout engines that a config can name."""
-    import gdpo_megatron.rollout.native  # noqa: F401  # registers the engine
+    import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
     from gdpo_megatron.rollout.base import engines
 
     yield Finding("rollout engines", Level.OK, ", ".join(engines.names()))

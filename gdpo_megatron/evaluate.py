@@ -166,11 +166,7 @@ def summarise(batch: RolloutBatch, samples_per_prompt: int) -> EvalResult:
 
 def run_eval(config: RLConfig, base_dir: Path, parts: Parts) -> EvalResult:
     """The `eval` job: evaluate the model of the config; rank 0 writes <run_dir>/eval.json."""
-    engine, engines = parts.engine(
-        config.rollout.engine,
-        config.rollout.tensor_parallel_size,
-        config.eval.max_concurrent_sequences,
-    )
+    engine, engines = parts.engine(config.rollout, config.eval.max_concurrent_sequences)
     evaluator = Evaluator(config, base_dir, parts, engine, engines)
     run_dir = resolve_path(base_dir, config.run_dir)
     leads = parts.mesh.rank == 0

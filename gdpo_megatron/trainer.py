@@ -97,9 +97,7 @@ class GDPOTrainer:
             else:
                 self.reference = parts.frozen_model(config.train.packing)
         self.parity = ParityGate(config.precision.fp8, self.policy, self.reference)
-        self.engine, self.engines = parts.engine(
-            rollout.engine, rollout.tensor_parallel_size, rollout.max_concurrent_sequences
-        )
+        self.engine, self.engines = parts.engine(rollout, rollout.max_concurrent_sequences)
         self.sampling = sampling_params(rollout, parts.stop_token_ids())
         self.suite = RewardSuite(
             config.rewards,

@@ -7,6 +7,7 @@ their files), and Megatron is not imported.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -281,7 +282,7 @@ def _experts(
 
 
 def _engine(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[str]:
-    import gdpo_megatron.rollout.native  # noqa: F401  # registers the engine
+    import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 
     rollout, key = config.rollout, "rollout.tensor_parallel_size"
     problems = _divides(key, rollout.tensor_parallel_size, arch)
@@ -291,6 +292,16 @@ def _engine(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[
         engines.get(rollout.engine)
     except InputError as error:
         problems += [f"rollout.engine: {problem}" for problem in error.problems]
+    if rollout.vllm is not None and rollout.engine != "vllm":
+        problems.append(
+            f"rollout.vllm is set, but rollout.engine is {rollout.engine}; remove it, or set "
+            "rollout.engine to vllm"
+        )
+    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        problems.append(
+            "rollout.engine: vllm is not installed in this environment; scripts/setup.sh vllm "
+            "makes one that has it"
+        )
     return problems
 
 

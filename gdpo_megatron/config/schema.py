@@ -25,6 +25,7 @@ from gdpo_megatron.config.section import (
     UnitFloat,
     section,
 )
+from gdpo_megatron.config.vllm import VllmConfig
 
 
 @section
@@ -127,7 +128,8 @@ class RolloutConfig(SamplingConfig):
     """The rollout engine and what it is asked for in a step."""
 
     engine: str = "native"
-    """Rollout engine: native (KV-cache decoding of the policy's weights)."""
+    """Rollout engine: native (KV-cache decoding of the policy's weights) or vllm (needs an
+    environment of its own: scripts/setup.sh vllm)."""
 
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share one engine; world size / this engines generate side by side."""
@@ -140,6 +142,9 @@ class RolloutConfig(SamplingConfig):
 
     max_concurrent_sequences: PositiveInt = 256
     """Completions that one engine decodes at a time; bounds its KV cache."""
+
+    vllm: VllmConfig | None = None
+    """More settings of engine vllm; null takes their defaults."""
 
 
 @section

@@ -15,10 +15,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from gdpo_megatron.config.vllm import VllmConfig
+from gdpo_megatron.conversion.architecture import ModelArchitecture
+from gdpo_megatron.data.tokenizer import Tokenizer
+from gdpo_megatron.distributed.mesh import EngineMesh
+from gdpo_megatron.platform import Platform
 from gdpo_megatron.registry import Registry
 from gdpo_megatron.types import Completion
 
@@ -90,8 +97,8 @@ class RolloutEngine(Protocol):
         """Take new weights.
 
         Args:
-            tensors: (Hugging Face name, whole tensor) of every tensor of the model, in layer order;
-                each is copied before the next is drawn.
+            tensors: (Hugging Face name, whole tensor) of every tensor of the model, in layer order.
+                None is written to before this returns; an engine holds none after it.
             version: of the policy that they come from.
 
         Raises:
@@ -142,5 +149,34 @@ def generate(
     return [done[request.request_id] for request in requests]
 
 
-EngineFactory = Callable[..., RolloutEngine]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """What an engine is made from.
+
+    Args:
+        arch: shape of the model.
+        tokenizer: for text and stop strings.
+        model_files: folder with the model's config.json.
+        mesh: this rank's place among the engines.
+        platform: where to run.
+        dtype: of weights and cache.
+        max_sequence_length: prompt and completion together.
+        max_concurrent_sequences: completions that are decoded at a time.
+        seed: of the run; equal on all ranks.
+        vllm: settings of that engine.
+    """
+
+    arch: ModelArchitecture
+    tokenizer: Tokenizer
+    model_files: Path
+    mesh: EngineMesh
+    platform: Platform
+    dtype: torch.dtype
+    max_sequence_length: int
+    max_concurrent_sequences: int
+    seed: int
+    vllm: VllmConfig
+
+
+EngineFactory = Callable[[EngineSetup], RolloutEngine]
 engines: Registry[EngineFactory] = Registry("rollout engine", "gdpo_megatron.engines")

@@ -1,13 +1,13 @@
 """What every rollout engine must do, whatever it is: the words of rollout/base.py, one by one.
 
-Run against the native engine on a small random Llama and against an engine that answers from a
-table, so that a clause is about the protocol and not about one engine. Not covered: what an engine
-generates (tests/unit/rollout) and engines over several ranks.
+Run against the native engine and vLLM on a small random Qwen3 and against an engine that answers
+from a table, so that a clause is about the protocol and not about one engine. Not covered: what an
+engine generates (tests/unit/rollout) and engines over several ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from support.engines import (
     greedy,
     native_engine,
     request,
+    vllm_engine,
 )
 from torch import Tensor
 
@@ -57,16 +58,38 @@ def scripted_case() -> Case:
     return Case(ScriptedEngine(answers, shapes, MAX_LENGTH), tensors, greedy(MAX_TOKENS))
 
 
-@pytest.fixture(params=["native", "native_one_row", "scripted"])
-def case(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Case:
+@pytest.fixture(scope="module")
+def vllm(model_folder: Callable[[str], Path]) -> Iterator[RolloutEngine]:
+    with vllm_engine(model_folder("qwen3"), max_sequence_length=MAX_LENGTH) as engine:
+        yield engine
+
+
+@pytest.fixture(
+    params=["native", "native_one_row", "scripted", pytest.param("vllm", marks=pytest.mark.vllm)]
+)
+def case(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Iterator[Case]:
     if request.param == "scripted":
-        return scripted_case()
-    folder = model_folder("gqa")
-    engine = native_engine(
-        folder,
-        max_sequence_length=MAX_LENGTH,
-        max_concurrent_sequences=1 if request.param == "native_one_row" else 64,
-    )
+        yield scripted_case()
+        return
+    folder = model_folder("qwen3")
+    engine: RolloutEngine
+    if request.param == "vllm":
+        # Started once, as that takes long; asleep it is as new.
+        engine = request.getfixturevalue("vllm")
+        engine.wake()
+        engine.load_weights(folder_tensors(folder).items(), 0)
+    else:
+        rows = 1 if request.param == "native_one_row" else 64
+        engine = native_engine(
+            folder, max_sequence_length=MAX_LENGTH, max_concurrent_sequences=rows
+        )
+    yield real_case(engine, folder)
+    engine.abort(range(len(PROMPTS) + 100))
+    drain(engine)
+    engine.sleep()
+
+
+def real_case(engine: RolloutEngine, folder: Path) -> Case:
     # A token of one greedy completion ends it earlier than the others.
     engine.submit(requests(), greedy(MAX_TOKENS))
     tokens = [it.completion.token_ids for _, it in sorted(drain(engine).items())]
@@ -145,18 +168,14 @@ def test_a_failed_sync_leaves_no_version(case: Case, fault: str):
     assert case.load(5).policy_version == 5
 
 
-def test_each_tensor_is_copied_before_the_next_is_drawn(case: Case):
+def test_a_sync_leaves_the_engine_with_a_copy(case: Case):
     engine = case.load(1)
     engine.submit(requests(), case.sampling)
     expected = drain(engine)
-
-    def one_buffer():
-        for name, tensor in case.tensors.items():
-            buffer = tensor.clone()
-            yield name, buffer
-            buffer.fill_(float("nan"))
-
-    engine.load_weights(one_buffer(), 1)
+    tensors = {name: tensor.clone() for name, tensor in case.tensors.items()}
+    engine.load_weights(tensors.items(), 1)
+    for tensor in tensors.values():
+        tensor.fill_(float("nan"))
     engine.submit(requests(), case.sampling)
     assert drain(engine) == expected
 

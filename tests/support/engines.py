@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
+from gdpo_megatron.config.vllm import VllmConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.conversion.mapping import hf_shapes
@@ -16,10 +21,12 @@ from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.platform import detect_platform
 from gdpo_megatron.rollout.base import (
+    EngineSetup,
     FinishedCompletion,
     RolloutEngine,
     RolloutRequest,
     SamplingParams,
+    engines,
     noise_key,
 )
 from gdpo_megatron.rollout.native import NativeEngine
@@ -92,6 +99,49 @@ def native_engine(
     if version is not None:
         engine.load_weights(folder_tensors(folder).items(), version)
     return engine
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone, as torchrun would have described it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    described = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**described, "MASTER_PORT": str(port)}.items():
+            patch.setenv(name, value)
+        platform = detect_platform()
+        platform.setup(0)
+        torch.distributed.init_process_group(platform.backend)
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def engine_setup(folder: Path, **fields: Any) -> EngineSetup:
+    """Setup of an engine on one rank, for a model folder."""
+    defaults: dict[str, Any] = {
+        "arch": load_architecture(folder),
+        "tokenizer": load_tokenizer(folder),
+        "model_files": folder,
+        "mesh": ONE_RANK,
+        "platform": detect_platform(),
+        "dtype": torch.float32,
+        "max_sequence_length": 128,
+        "max_concurrent_sequences": 64,
+        "seed": 1,
+        "vllm": VllmConfig(kv_cache_gib=0.125),
+    }
+    return EngineSetup(**(defaults | fields))
+
+
+@contextmanager
+def vllm_engine(folder: Path, **fields: Any) -> Iterator[RolloutEngine]:
+    """vLLM on a model folder, without weights, in a process group of its own."""
+    with one_rank():
+        engine = engines.get("vllm")(engine_setup(folder, **fields))
+        yield engine
+        engine.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ScriptedEngine:

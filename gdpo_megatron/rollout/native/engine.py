@@ -22,7 +22,6 @@ from gdpo_megatron.rollout.base import (
     FinishedCompletion,
     RolloutRequest,
     SamplingParams,
-    engines,
 )
 from gdpo_megatron.rollout.native.decoder import Decoder
 from gdpo_megatron.rollout.native.sampler import KeyedNoise, sample, split_keys
@@ -367,6 +366,3 @@ class NativeEngine:
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64, device=self._device)
-
-
-engines.add("native", NativeEngine)

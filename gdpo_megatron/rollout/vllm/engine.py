@@ -1,0 +1,268 @@
+"""vLLM behind the rollout protocol: one engine over `mesh.tp_size` of the trainer's ranks.
+
+The ranks are those that torchrun started (vLLM calls this external_launcher): each holds a
+scheduler of its own, which decides as the others do as long as all see the same requests in the
+same order. Tokens go in and out as numbers; texts, stop strings and the order of completions are
+made here, so that they are what every engine makes. What vLLM kept of earlier weights is forgotten
+at each sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gdpo_megatron.conversion.mapping import hf_shapes
+from gdpo_megatron.data.tokenizer import IncrementalDecoder
+from gdpo_megatron.errors import InputError
+from gdpo_megatron.rollout.base import (
+    EngineSetup,
+    FinishedCompletion,
+    RolloutRequest,
+    SamplingParams,
+)
+from gdpo_megatron.rollout.vllm import environment
+from gdpo_megatron.types import Completion, FinishReason
+
+_REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
+_KEYS = 1 << 63  # vLLM's seeds are signed
+
+
+@dataclass(slots=True)
+class _Running:
+    """What a request has so far."""
+
+    request: RolloutRequest
+    decoder: IncrementalDecoder | None  # only where there are stop strings
+    tokens: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    text: str = ""  # its end, as far as a stop string may reach back
+
+
+class VllmEngine:
+    """`RolloutEngine` over vLLM.
+
+    Args:
+        setup: what it is made from.
+
+    Raises:
+        InputError: vLLM cannot be imported, or refuses the model on this machine.
+    """
+
+    def __init__(self, setup: EngineSetup):
+        self._setup, self._tokenizer = setup, setup.tokenizer
+        self._llm: Any = _start(setup)
+        self._core = self._llm.llm_engine
+        # It would end the process group, which is the trainer's.
+        self._core.engine_core._finalizer.detach()
+        self._running: dict[str, _Running] = {}
+        self._finished: list[FinishedCompletion] = []
+        self._sampling: SamplingParams | None = None
+        self._stop_tail = 0
+        self._asleep = False
+        self.policy_version: int | None = None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that `poll` has not returned yet."""
+        return len(self._running) + len(self._finished)
+
+    # ---- weights and memory ------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Take memory for weights; that for the cache follows when they are there."""
+        if self._asleep and self._can_sleep:
+            self._llm.wake_up(tags=["weights"])
+
+    def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace all weights; see RolloutEngine."""
+        self._require_idle()
+        self.wake()
+        self.policy_version = None  # a failed update must not leave a mixture under a version
+        self._llm.start_weight_update()
+        update = {"tensors": tensors, "shapes": hf_shapes(self._setup.arch)}
+        self._llm.update_weights({"update_info": update})
+        self._llm.finish_weight_update(str(version))
+        if self._asleep and self._can_sleep:
+            self._llm.wake_up(tags=["kv_cache"])
+        self._asleep = False
+        # Its keys are tokens: entries of the old weights would be found, and used.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
+        self._core.reset_encoder_cache()
+        self.policy_version = version
+
+    def sleep(self) -> None:
+        """Give weights and cache back, where vLLM can: on GPUs."""
+        self._require_idle()
+        if self._can_sleep and not self._asleep:
+            self._llm.sleep(level=2)
+        self._asleep, self.policy_version = True, None
+
+    @property
+    def _can_sleep(self) -> bool:
+        return bool(self._core.vllm_config.model_config.enable_sleep_mode)
+
+    def _require_idle(self) -> None:
+        if self.num_unfinished:
+            raise RuntimeError(f"{self.num_unfinished} requests are unfinished; poll or abort them")
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[RolloutRequest], sampling: SamplingParams) -> None:
+        """Queue requests; see RolloutEngine."""
+        if self.policy_version is None:
+            raise RuntimeError("no weights are loaded; call load_weights first")
+        if self.num_unfinished and sampling != self._sampling:
+            raise ValueError("unfinished requests were submitted with other sampling parameters")
+        ids = {int(name) for name in self._running} | {it.request_id for it in self._finished}
+        max_length = self._setup.max_sequence_length
+        for request in requests:
+            if request.request_id in ids:
+                raise ValueError(f"request_id {request.request_id} is in use")
+            if not 0 < len(request.prompt_token_ids) < max_length:
+                raise ValueError(
+                    f"request {request.request_id}: a prompt of {len(request.prompt_token_ids)} "
+                    f"tokens does not fit max_sequence_length {max_length}"
+                )
+            ids.add(request.request_id)
+        self._sampling = sampling
+        self._stop_tail = max((len(s) for s in sampling.stop), default=1) - 1
+        for request in requests:
+            name = str(request.request_id)
+            decoder = IncrementalDecoder(self._tokenizer) if sampling.stop else None
+            self._running[name] = _Running(request, decoder)
+            self._core.add_request(
+                name,
+                {"prompt_token_ids": list(request.prompt_token_ids)},
+                self._params(request, sampling),
+            )
+
+    def _params(self, request: RolloutRequest, sampling: SamplingParams) -> Any:
+        from vllm import SamplingParams as VllmSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self._setup.max_sequence_length - len(request.prompt_token_ids)
+        return VllmSamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=min(sampling.max_completion_tokens, room),
+            stop_token_ids=list(sampling.stop_token_ids),
+            ignore_eos=True,  # stop_token_ids says it all
+            seed=request.noise_key % _KEYS,
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def poll(self) -> list[FinishedCompletion]:
+        """Generate until something finishes; see RolloutEngine."""
+        while not self._finished and self._running:
+            by_string: list[str] = []
+            for output in self._core.step():
+                running = self._running.get(output.request_id)
+                if running is None:  # aborted while it was computed
+                    continue
+                (part,) = output.outputs
+                running.tokens += part.token_ids
+                running.logprobs += part.logprobs.logprobs
+                if self._stops(running, part.token_ids):
+                    by_string.append(output.request_id)
+                    if not output.finished:
+                        self._core.abort_request([output.request_id])
+                    self._report(output.request_id, "stop")
+                elif output.finished:
+                    self._report(output.request_id, _REASONS[part.finish_reason])
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _stops(self, running: _Running, tokens: Sequence[int]) -> bool:
+        """Whether these tokens complete a stop string."""
+        assert self._sampling is not None
+        if running.decoder is None:
+            return False
+        for token in tokens:
+            running.text += running.decoder.feed(token)
+        stops = any(stop in running.text for stop in self._sampling.stop)
+        running.text = running.text[-self._stop_tail :] if self._stop_tail else ""
+        return stops
+
+    def abort(self, request_ids: Iterable[int]) -> None:
+        """End requests; see RolloutEngine."""
+        names = [name for name in map(str, request_ids) if name in self._running]
+        self._core.abort_request(names)
+        for name in dict.fromkeys(names):
+            self._report(name, "abort")
+
+    def _report(self, name: str, reason: FinishReason) -> None:
+        running = self._running.pop(name)
+        assert self.policy_version is not None
+        self._finished.append(
+            FinishedCompletion(
+                request_id=running.request.request_id,
+                completion=Completion(
+                    token_ids=tuple(running.tokens),
+                    logprobs=tuple(running.logprobs),
+                    text=self._tokenizer.decode(running.tokens),
+                    finish_reason=reason,
+                ),
+                policy_version=self.policy_version,
+            )
+        )
+
+    def close(self) -> None:
+        """Give everything back but the process group, so that another engine can be made."""
+        from vllm.distributed.parallel_state import destroy_model_parallel
+
+        self._core.engine_core.engine_core.model_executor.shutdown()
+        self._llm = self._core = None
+        destroy_model_parallel()
+
+
+def _start(setup: EngineSetup) -> Any:
+    environment.prepare()
+    try:
+        from vllm import LLM
+
+        from gdpo_megatron.rollout.vllm.transfer import BACKEND
+    except ImportError as error:
+        raise InputError(
+            f"rollout.engine: vllm cannot be imported ({error}); scripts/setup.sh vllm makes an "
+            "environment that has it"
+        ) from error
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    if setup.vllm.enforce_eager and current_platform.is_cpu():
+        # Small functions of the sampler would be compiled all the same, with a C++ compiler.
+        current_platform.simple_compile_backend = "eager"
+    try:
+        return LLM(
+            model=str(setup.model_files),
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            load_format="dummy",  # the first sync brings the weights
+            dtype=setup.dtype,
+            seed=setup.seed,  # equal on all ranks of an engine, whose schedulers must agree
+            max_model_len=setup.max_sequence_length,
+            max_num_seqs=setup.max_concurrent_sequences,
+            kv_cache_memory_bytes=int(setup.vllm.kv_cache_gib * 2**30),
+            enforce_eager=setup.vllm.enforce_eager,
+            enable_prefix_caching=True,
+            tensor_parallel_size=setup.mesh.tp_size,
+            distributed_executor_backend="external_launcher",
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            enable_sleep_mode=current_platform.is_sleep_mode_available(),
+            generation_config="vllm",  # not the folder's: its defaults would change the sampling
+        )
+    except (ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"rollout.engine: vllm refuses this model here: {reason}; use native"
+        ) from error
