@@ -2,12 +2,13 @@
 # Makes the Python environment that everything else here runs in: a virtual environment, the right
 # build of torch, this package. A second call sees from a stamp that nothing changed and is done.
 #
-#   scripts/setup.sh [test|dev|megatron-0.19]
+#   scripts/setup.sh [test|dev|megatron-0.19|vllm]
 #
 #   test (the default)   the package and what its tests need
 #   dev                  the same and the linters
-#   megatron-0.19        test, and beside it a second environment, the first one's name followed by
-#                        -megatron-0.19: a Megatron-Core of its own before the packages of the first
+#   megatron-0.19, vllm  test, and beside it a second environment, the first one's name followed by
+#                        -megatron-0.19 or -vllm: a Megatron-Core of its own, or vLLM for CPUs,
+#                        before the packages of the first
 #
 # Variables:
 #   GDPO_VENV         the environment's folder (default: .venv in the repository)
@@ -26,8 +27,6 @@ readonly CPU_INDEX="https://download.pytorch.org/whl/cpu"
 # an estimate, never measured.
 readonly CPU_FREE_MB=3000 CUDA_FREE_MB=12000
 readonly FULL_MB=20 # with less than this left, a failure is put down to the disk
-# As in gdpo_megatron/platform/megatron_versions.py. It declares Python 3.12; the wheel is for 3.11.
-readonly NEXT_MEGATRON="0.19.2"
 
 say() { printf 'setup: %s\n' "$*"; }
 die() {
@@ -41,14 +40,16 @@ repo="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"
 venv="${GDPO_VENV:-$repo/.venv}"
 [[ "$venv" == /* ]] || venv="$PWD/$venv"
 mode="${1:-test}"
-extras="$mode"
-[[ "$mode" != megatron-0.19 ]] || extras="test"
-next="$venv-megatron-0.19"
+extras="test"
+[[ "$mode" != dev ]] || extras="dev"
 log="$venv/setup.log"
 stamp="$venv/.gdpo-setup-$extras"
 made_here="$venv/.gdpo-made-here"
 torch_asked="$venv/.gdpo-torch" # holds cpu or cuda
 unset PYTHONHOME PYTHONPATH # they would lend the environment packages that it does not have
+
+# shellcheck source=scripts/lib/second_environment.sh
+source "$repo/scripts/lib/second_environment.sh"
 
 # Run a command with its output in the log; where even the log cannot be written, fail quietly:
 # the caller says why.
@@ -59,9 +60,10 @@ in_venv() { "$venv/bin/python" -I "$@"; }
 pip() { in_venv -m pip --disable-pip-version-check --no-input "$@"; }
 
 check_arguments() {
-  if (($# > 1)) || [[ "$extras" != test && "$extras" != dev ]]; then
-    die 2 "unknown arguments '$*'; choices: test, dev, megatron-0.19"
-  fi
+  case "$#$mode" in
+    0test | 1test | 1dev | 1megatron-0.19 | 1vllm) ;;
+    *) die 2 "unknown arguments '$*'; choices: test, dev, megatron-0.19, vllm" ;;
+  esac
   if [[ -n "${GDPO_TORCH:-}" && "$GDPO_TORCH" != cpu && "$GDPO_TORCH" != cuda ]]; then
     die 2 "GDPO_TORCH is '$GDPO_TORCH'; choices: cpu, cuda"
   fi
@@ -148,9 +150,9 @@ free_mb() {
 print(shutil.disk_usage(sys.argv[1]).free // 10**6)' "$venv"
 }
 
+# Stop when less than $1 MB are free.
 check_space() {
-  local free need_mb="$CPU_FREE_MB"
-  [[ "$1" == cpu ]] || need_mb="$CUDA_FREE_MB"
+  local free need_mb="$1"
   free="$(free_mb)"
   ((free >= need_mb)) ||
     die 2 "not enough disk space: $free MB free at $venv, $need_mb MB needed; free some or set" \
@@ -194,7 +196,7 @@ make_venv() {
       "or set GDPO_VENV to another folder"
   fi
   check_python
-  check_space "$1"
+  if [[ "$1" == cpu ]]; then check_space "$CPU_FREE_MB"; else check_space "$CUDA_FREE_MB"; fi
   say "creating $venv with Python $version"
   { printf '%s\n' "$venv" >"$made_here"; } 2>/dev/null || die_failed "creating $venv"
   logged "$python" -m venv "$venv" || die_failed "creating $venv with $python"
@@ -265,58 +267,13 @@ lock_venv() {
   }
 }
 
-# ---- the second environment ----
-
-next_fingerprint() { printf '%s %s %s' "$next" "$NEXT_MEGATRON" "$(fingerprint next)"; }
-
-next_is_ready() {
-  [[ -f "$next/.gdpo-ready" && "$(<"$next/.gdpo-ready")" == "$(next_fingerprint)" ]]
-}
-
-# The folder of an environment's packages.
-packages_of() {
-  local -a found=("$1"/lib/python3*/site-packages)
-  ((${#found[@]} == 1)) && [[ -d "${found[0]}" ]] ||
-    die 1 "no folder $1/lib/python3*/site-packages, or more than one; delete $1"
-  printf '%s' "${found[0]}"
-}
-
-make_next() {
-  local base own problem
-  next_is_ready && return
-  problem="$(mkdir -p -- "$next" 2>&1)" || die 2 "cannot create the environment: $problem"
-  lock_venv "$next"
-  next_is_ready && return
-  if [[ -n "$(find "$next" -mindepth 1 -maxdepth 1)" && ! -e "$next/.gdpo-made-here" ]]; then
-    die 2 "$next is not empty and was not made here; delete it or set GDPO_VENV to another folder"
-  fi
-  find "$next" -mindepth 1 -delete
-  log="$next/setup.log"
-  say "creating $next with megatron-core $NEXT_MEGATRON"
-  { : >"$next/.gdpo-made-here"; } 2>/dev/null || die_failed "creating $next"
-  logged in_venv -m venv "$next" --without-pip || die_failed "creating $next"
-  logged pip --python "$next/bin/python" install --no-deps --ignore-requires-python \
-    "megatron-core==$NEXT_MEGATRON" || die_failed "installing megatron-core $NEXT_MEGATRON"
-  base="$(packages_of "$venv")"
-  own="$(packages_of "$next")"
-  # Read after the environment's own folder is on the path, so what is there comes first; addsitedir
-  # also finds this package, which is installed by a .pth file of its own.
-  printf 'import site; site.addsitedir(%s)\n' "$(quoted "$base")" >"$own/zz-gdpo-base.pth"
-  problem="$("$next/bin/python" -I -c 'import importlib.metadata, gdpo_megatron
-print(importlib.metadata.version("megatron-core"))' 2>&1)" || true
-  [[ "$problem" == "$NEXT_MEGATRON" ]] ||
-    die 1 "megatron-core $NEXT_MEGATRON is not what $next finds: ${problem##*$'\n'}"
-  next_fingerprint >"$next/.gdpo-ready"
-  say "ready after $SECONDS s"
-}
-
-# A Python string literal.
-quoted() { in_venv -c 'import sys; print(ascii(sys.argv[1]))' "$1"; }
-
 main() {
   check_arguments "$@"
   make_base
-  [[ "$mode" != megatron-0.19 ]] || make_next
+  case "$mode" in
+    megatron-0.19) make_megatron_second ;;
+    vllm) make_vllm_second ;;
+  esac
 }
 
 make_base() {

@@ -60,7 +60,7 @@ check_shell() {
     echo "skipped: no shellcheck in $venv or on PATH (package shellcheck of Debian/Ubuntu)"
     return 0
   }
-  "$shellcheck" "${scripts[@]}"
+  "$shellcheck" -a -x -P SCRIPTDIR "${scripts[@]}" # with the files that they source
 }
 
 [[ -t 0 ]] || exec </dev/null # nothing here asks; with a closed stdin children would misbehave

