@@ -54,7 +54,9 @@ class Rollout:
     """A prompt with one of its completions.
 
     `group_id` counts the prompts of a step from 0; `sample_id` is group_id * G + index in group,
-    unique in the step. `policy_version` is that of the weights which made it.
+    unique in the step. `policy_version` is that of the weights which finished it. Where it was
+    carried over from earlier steps, `policy_versions` has (first token, version) of each span of
+    its tokens, in order; not given, all are of `policy_version`.
     """
 
     group_id: int
@@ -62,6 +64,11 @@ class Rollout:
     prompt: Prompt
     completion: Completion
     policy_version: int
+    policy_versions: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.policy_versions:
+            object.__setattr__(self, "policy_versions", ((0, self.policy_version),))
 
 
 @dataclass(frozen=True, slots=True)

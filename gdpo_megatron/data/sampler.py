@@ -1,11 +1,13 @@
 """The order in which rows of a data set are drawn: a stream of epochs that can be resumed.
 
 Each epoch is a permutation that depends on (seed, epoch) alone, so the whole stream is a function
-of its position: the state is one number, and no global random state takes part.
+of its position, and no global random state takes part: the state is that number, and the rows that
+were put back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ class PromptSampler:
         self.seed = seed
         self.shuffle = shuffle
         self._position = 0
+        self._put_back: list[int] = []
         self._order = self._permutation(0)
 
     @property
@@ -47,8 +50,8 @@ class PromptSampler:
 
     def next_batch(self, size: int | None = None) -> list[int]:
         """Return the next `size` row indices, `batch_size` unless given."""
-        batch: list[int] = []
         size = self.batch_size if size is None else size
+        batch, self._put_back = self._put_back[:size], self._put_back[size:]
         while len(batch) < size:
             start = self._position % self.num_rows
             rows = self._order[start : start + size - len(batch)]
@@ -58,9 +61,13 @@ class PromptSampler:
                 self._order = self._permutation(self.epoch)
         return batch
 
+    def put_back(self, rows: Sequence[int]) -> None:
+        """Return rows that were drawn and not used; they are the next ones to be drawn."""
+        self._put_back = [*rows, *self._put_back]
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and what it is a position in."""
-        return {**self._identity(), "position": self._position}
+        """Return the position, what it is a position in, and the rows that were put back."""
+        return {**self._identity(), "position": self._position, "put_back": [*self._put_back]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the stream where `state` was taken.
@@ -79,6 +86,7 @@ class PromptSampler:
                 "the data file, or start a new run_dir"
             )
         self._position = int(state["position"])
+        self._put_back = [*state.get("put_back", [])]
         self._order = self._permutation(self.epoch)
 
     def _identity(self) -> dict[str, Any]:

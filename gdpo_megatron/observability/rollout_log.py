@@ -80,4 +80,9 @@ def _record(
         **({"unscored": unscored} if unscored else {}),
         "advantage": advantage if math.isfinite(advantage) else None,
         "policy_version": rollout.policy_version,
+        **(
+            {"policy_versions": [list(span) for span in rollout.policy_versions]}
+            if len(rollout.policy_versions) > 1
+            else {}
+        ),
     }

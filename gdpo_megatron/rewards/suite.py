@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -255,6 +255,12 @@ class RewardSuite:
             self._step.rows_of_job.append(rows)
             self._write(line(header) + payload)
 
+    def drop(self, group_ids: Iterable[int]) -> None:
+        """Leave groups out of the scores that `collect` returns, whatever was submitted of them."""
+        for group in group_ids:
+            for sample_id in self._step.groups.pop(group, ()):
+                del self._step.samples[sample_id]
+
     def collect(self) -> RewardScores:
         """Wait for all that was submitted since the last call, and return its scores.
 
@@ -264,7 +270,7 @@ class RewardSuite:
             RuntimeError: a worker could not find its rewards, or the pool has ended.
         """
         began, counts = time.perf_counter(), dict[str, int]()
-        if self._step.samples:
+        if self._step.samples or self._step.rows_of_job:
             self._send_stateful()
             self._write(line({"collect": self._step_timeout}))
             counts = self._read_results()

@@ -48,16 +48,30 @@ class RolloutRequest:
 
     `request_id` is unique among unfinished requests. Requests with equal `prompt_token_ids` may
     share their prefill. `noise_key` (see `noise_key`) fixes the sampling noise of every position.
+    `carried` is what an earlier request made of the completion before it was aborted: generation
+    goes on after it, at the next position of the noise. Its tokens count for the limits and for
+    stop strings, and are part of the completion that comes back, with the log-probs given here.
     """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     noise_key: int
+    carried: Completion | None = None
+
+    @property
+    def num_carried(self) -> int:
+        """Tokens of the completion that are there already."""
+        return 0 if self.carried is None else len(self.carried.token_ids)
+
+    @property
+    def input_token_ids(self) -> tuple[int, ...]:
+        """The prompt, and what is there of the completion."""
+        return self.prompt_token_ids + (() if self.carried is None else self.carried.token_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedCompletion:
-    """A completion, and the version of the weights that made it."""
+    """A completion, and the version of the weights that made it, `carried` tokens excepted."""
 
     request_id: int
     completion: Completion
@@ -70,6 +84,9 @@ class RolloutEngine(Protocol):
     policy_version: int | None
     """Version of the weights that are loaded; None before the first sync and while asleep."""
 
+    num_generated_tokens: int
+    """Tokens drawn since the engine was made; grows within `poll`, whatever thread looks."""
+
     @property
     def num_unfinished(self) -> int:
         """Requests that `poll` has not returned yet."""
@@ -80,8 +97,9 @@ class RolloutEngine(Protocol):
 
         Raises:
             RuntimeError: no weights are loaded.
-            ValueError: an id is in use, a prompt leaves no room, or unfinished requests were
-                submitted with other sampling parameters. None of the requests is queued then.
+            ValueError: an id is in use, a prompt or what is carried leaves no room, or unfinished
+                requests were submitted with other sampling parameters. None of the requests is
+                queued then.
         """
         ...
 

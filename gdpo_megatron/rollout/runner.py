@@ -4,18 +4,22 @@ The prompts form one global batch. Group i goes to engine replica i mod R, whole
 prefilled once and batch rewards see it entire. Rewards start as completions finish. Afterwards
 every rank knows lengths and rewards of all rollouts; the tokens stay with the leader of the engine
 that made them until the trainer's layout asks for them.
+
+    generate (generation.py) --> agree: failures, groups that are used --> rewards --> gather
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.config.schema import SamplingConfig
 from gdpo_megatron.distributed.exchange import gather_by_sample, gather_texts
 from gdpo_megatron.distributed.mesh import EngineMesh
@@ -24,14 +28,11 @@ from gdpo_megatron.rewards.breaker import check_invalid
 from gdpo_megatron.rewards.report import RewardReport
 from gdpo_megatron.rewards.scores import RewardScores
 from gdpo_megatron.rewards.suite import RewardSuite
-from gdpo_megatron.rollout.base import (
-    FinishedCompletion,
-    RolloutEngine,
-    RolloutRequest,
-    SamplingParams,
-    generate,
-    noise_key,
-)
+from gdpo_megatron.rollout.base import RolloutEngine, SamplingParams
+from gdpo_megatron.rollout.failure import FailureReport, engine_failure
+from gdpo_megatron.rollout.generation import Generation, Noise
+from gdpo_megatron.rollout.long_tail import Cut, GroupRequest, TailCut, deal_groups, join_counts
+from gdpo_megatron.rollout.stall import StallLimit
 from gdpo_megatron.types import FinishReason, Prompt, RewardMatrix, Rollout
 
 _REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
@@ -51,6 +52,8 @@ class RolloutBatch:
         raw: [B, K] before the conditions; NaN where there is no score.
         not_applicable: [B, K] bool.
         replica_of: [B], the engine replica that made each.
+        num_generated_tokens: completion tokens that the engines drew, unused ones included.
+        cut: the groups that were asked for and are not here.
     """
 
     rollouts: dict[int, Rollout]
@@ -62,10 +65,12 @@ class RolloutBatch:
     raw: Tensor
     not_applicable: Tensor
     replica_of: list[int]
+    num_generated_tokens: int
+    cut: Cut
 
     @classmethod
     def joined(cls, rounds: Sequence[RolloutBatch]) -> RolloutBatch:
-        """The rounds of a step as one batch, in their order."""
+        """The rounds of a step as one batch, in their order; none of them with groups cut."""
         if len(rounds) == 1:
             return rounds[0]
         matrices = [r.rewards for r in rounds]
@@ -84,6 +89,8 @@ class RolloutBatch:
             raw=torch.cat([r.raw for r in rounds]),
             not_applicable=torch.cat([r.not_applicable for r in rounds]),
             replica_of=[replica for r in rounds for replica in r.replica_of],
+            num_generated_tokens=sum(r.num_generated_tokens for r in rounds),
+            cut=Cut.joined([r.cut for r in rounds]),
         )
 
     def check_invalid(self, max_fraction: float) -> None:
@@ -111,8 +118,24 @@ def sampling_params(
     )
 
 
-def run_rollouts(
-    prompts: Sequence[Prompt],
+def run_rollouts(prompts: Sequence[Prompt], *, step: int, **options: Any) -> RolloutBatch:
+    """Generate and score completions of each prompt, all of them; see `run_groups`.
+
+    Args:
+        prompts: the global batch, equal on all ranks; prompt i is group i.
+        step: part of the noise's key.
+        options: of `run_groups`.
+    """
+    first = options.get("first_group", 0)
+    groups = [
+        GroupRequest(prompt=prompt, noise_step=step, noise_group=number)
+        for number, prompt in enumerate(prompts, first)
+    ]
+    return run_groups(groups, **options)
+
+
+def run_groups(
+    groups: Sequence[GroupRequest],
     *,
     group_size: int,
     sampling: SamplingParams,
@@ -122,15 +145,17 @@ def run_rollouts(
     platform: Platform,
     seed: int,
     stream: str,
-    step: int,
     first_group: int = 0,
+    num_wanted: int | None = None,
+    long_tail: LongTailConfig | None = None,
+    stall: StallLimit | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_generated: Callable[[], None] = lambda: None,
 ) -> RolloutBatch:
-    """Generate and score `group_size` completions of each prompt; collective over all ranks.
+    """Generate and score `group_size` completions of each group; collective over all ranks.
 
     Args:
-        prompts: the global batch, equal on all ranks; prompt i is group i.
+        groups: the global batch, equal on all ranks but for parts.
         group_size: G.
         sampling: how tokens are drawn.
         engine: this rank's engine, with the version's weights loaded.
@@ -139,70 +164,129 @@ def run_rollouts(
         platform: where collectives run.
         seed: of the sampling noise.
         stream: "train" or "eval", part of the noise's key.
-        step: part of the noise's key.
-        first_group: number of the first prompt, where a step samples in several rounds.
+        first_group: number of the batch's first group, where a step samples in several rounds.
+        num_wanted: groups that the batch is to have; all unless given.
+        long_tail: when generation ends; not given, when all is finished.
+        stall: when generation counts as stalled; not given, never.
         on_progress: called with (done, total) completions of this engine.
-        on_generated: called when this engine is done and only rewards are waited for.
+        on_generated: called when all engines are done and only rewards are waited for.
 
     Raises:
-        RuntimeError: the engine returned a completion of another policy version, or log-probs that
-            are not finite.
+        EngineFailure: an engine raised, stalled, or returned what the update cannot use: a
+            completion of another policy version, log-probs that are not finite. The same on all
+            ranks.
     """
-    num_samples, version = len(prompts) * group_size, engine.policy_version
-    first = first_group * group_size
-    replica_of = [s // group_size % engines.num_replicas for s in range(num_samples)]
-    own = [first + s for s in range(num_samples) if replica_of[s] == engines.replica]
+    replica_of = deal_groups(groups, engines.num_replicas)
+    long_tail = long_tail or LongTailConfig()
     leads = engines.tp_rank == 0
-    rollouts: dict[int, Rollout] = {}
-    num_done = 0
-
-    def finished(result: FinishedCompletion) -> None:
-        nonlocal num_done
-        if result.policy_version != version:
-            raise RuntimeError(
-                f"rollout {result.request_id} was made by policy version {result.policy_version}, "
-                f"not {version}"
-            )
-        if not all(math.isfinite(x) for x in result.completion.logprobs):
-            raise RuntimeError(f"rollout {result.request_id} has log-probs that are not finite")
-        num_done += 1
-        on_progress(num_done, len(own))
-        if leads:
-            group = result.request_id // group_size
-            rollout = Rollout(
-                group_id=group,
-                sample_id=result.request_id,
-                prompt=prompts[group - first_group],
-                completion=result.completion,
-                policy_version=result.policy_version,
-            )
-            rollouts[result.request_id] = rollout
-            suite.submit(rollout)
-
+    tail = TailCut(
+        long_tail,
+        groups,
+        replica_of,
+        replica=engines.replica,
+        num_replicas=engines.num_replicas,
+        group_size=group_size,
+        num_wanted=len(groups) if num_wanted is None else num_wanted,
+    )
     if leads:
         suite.start()
-    requests = [
-        RolloutRequest(
-            request_id=s,
-            prompt_token_ids=prompts[s // group_size - first_group].token_ids,
-            noise_key=noise_key(seed, stream, step, s // group_size, s % group_size),
-        )
-        for s in own
-    ]
-    generate(engine, requests, sampling, finished)
+    generation = Generation(
+        groups,
+        [g for g, replica in enumerate(replica_of) if replica == engines.replica],
+        group_size=group_size,
+        first_group=first_group,
+        noise=Noise(seed, stream),
+        engine=engine,
+        tail=tail,
+        on_progress=on_progress,
+        on_finished=suite.submit if leads else lambda rollout: None,
+    )
+    failure = generation.run(sampling, stall, rank=dist.get_rank(), replica=engines.replica)
+    cut = _agree(generation, failure, groups, replica_of, engines, long_tail, platform)
     on_generated()
-    scores = suite.collect() if leads else None
-    group_ids = first_group + torch.arange(num_samples) // group_size
-    return _gather(rollouts, scores, suite.names, first, group_ids, replica_of, platform)
+    rollouts, scores = dict[int, Rollout](), None
+    if leads:
+        kept = [g for g in cut.kept if replica_of[g] == engines.replica]
+        rollouts = {r.sample_id: r for g in kept for r in generation.rollouts(g)}
+        for rollout in rollouts.values():  # the suite has those that are finished
+            if rollout.completion.finish_reason == "abort":
+                suite.submit(rollout)
+        suite.drop(first_group + g for g in generation.own if g not in kept)
+        scores = suite.collect()
+    # Groups that are used are numbered anew, without gaps.
+    number = {first_group + g: first_group + place for place, g in enumerate(cut.kept)}
+
+    def renumbered(sample: int) -> int:
+        return number[sample // group_size] * group_size + sample % group_size
+
+    return _gather(
+        {
+            renumbered(s): replace(r, sample_id=renumbered(s), group_id=number[r.group_id])
+            for s, r in rollouts.items()
+        },
+        scores,
+        {} if scores is None else {(renumbered(s), n): w for (s, n), w in scores.reasons.items()},
+        suite.names,
+        first_group * group_size,
+        first_group + torch.arange(len(cut.kept) * group_size) // group_size,
+        [replica_of[g] for g in cut.kept for _ in range(group_size)],
+        cut,
+        platform,
+    )
+
+
+def _agree(
+    generation: Generation,
+    failure: FailureReport | None,
+    groups: Sequence[GroupRequest],
+    replica_of: Sequence[int],
+    engines: EngineMesh,
+    config: LongTailConfig,
+    platform: Platform,
+) -> Cut:
+    """What all engines did, told to all ranks; raises on all of them where one failed."""
+    own: dict[str, Any] = {"failure": failure.as_json() if failure is not None else None}
+    if failure is None and engines.tp_rank == 0:
+        own |= generation.outcome(carries=config.max_carried_steps > 0)
+    told = [json.loads(text) for text in gather_texts(json.dumps(own), platform.device)]
+    failures = [it["failure"] for it in told if it["failure"] is not None]
+    if failures:
+        raise engine_failure(failures)
+    leaders = [it for it in told if "kept" in it]
+    carried = sorted(g for it in leaders for g in it["carried"])
+    kept = sorted(g for it in leaders for g in it["kept"])
+    returned = [g for g in range(len(groups)) if g not in {*kept, *carried}]
+    return Cut(
+        kept=tuple(kept),
+        returned=tuple(returned),
+        carried=tuple(
+            replace(
+                groups[g],
+                replica=replica_of[g],
+                steps_carried=groups[g].steps_carried + 1,
+                parts=generation.parts(g) if replica_of[g] == engines.replica else (),
+            )
+            for g in carried
+        ),
+        counts={
+            **join_counts([it["counts"] for it in leaders]),
+            "num_groups_asked": len(groups),
+            "num_groups_returned": len(returned),
+            "num_groups_carried": len(carried),
+            "num_groups_resumed": sum(g.steps_carried > 0 for g in groups),
+        },
+    )
 
 
 def _gather(
     rollouts: dict[int, Rollout],
     scores: RewardScores | None,
+    reasons: Mapping[tuple[int, str], str],
     names: tuple[str, ...],
     first: int,
     group_ids: Tensor,
     replica_of: list[int],
+    cut: Cut,
     platform: Platform,
 ) -> RolloutBatch:
     ids, num_samples = sorted(rollouts), len(group_ids)
@@ -225,7 +309,7 @@ def _gather(
         empty.bool() if scores is None else scores.valid,
         empty.bool() if scores is None else scores.not_applicable,
     ]
-    assert scores is None or scores.sample_ids.tolist() == ids
+    assert scores is None or len(scores.sample_ids) == len(ids)
     device = platform.device
     reports = gather_texts(json.dumps(report.as_json()), device)
     facts = gather_by_sample(rows, facts, num_samples, device)
@@ -234,7 +318,7 @@ def _gather(
     )
     return RolloutBatch(
         rollouts=rollouts,
-        reasons={} if scores is None else dict(scores.reasons),
+        reasons=dict(reasons),
         report=RewardReport.over_engines([RewardReport(**json.loads(it)) for it in reports]),
         lengths=facts[:, 0],
         finish=facts[:, 1],
@@ -242,4 +326,6 @@ def _gather(
         raw=raw,
         not_applicable=not_applicable,
         replica_of=replica_of,
+        num_generated_tokens=int(cut.counts["num_generated_tokens"]),
+        cut=cut,
     )

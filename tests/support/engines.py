@@ -165,6 +165,7 @@ class ScriptedEngine:
         self._finished: list[FinishedCompletion] = []
         self._sampling: SamplingParams | None = None
         self.policy_version: int | None = None
+        self.num_generated_tokens = 0
         self.requests: list[RolloutRequest] = []  # all that were submitted, for tests to look at
 
     @property
@@ -182,14 +183,21 @@ class ScriptedEngine:
             raise ValueError("request_id is in use")
         if any(not 0 < len(r.prompt_token_ids) < self._max_length for r in requests):
             raise ValueError("the prompt does not fit")
+        limits = [
+            min(sampling.max_completion_tokens, self._max_length - len(r.prompt_token_ids))
+            for r in requests
+        ]
+        if any(r.num_carried >= limit for r, limit in zip(requests, limits, strict=True)):
+            raise ValueError("nothing is left to generate")
         self._sampling = sampling
-        self._running |= {r.request_id: (r, 0) for r in requests}
+        self._running |= {r.request_id: (r, r.num_carried) for r in requests}
         self.requests += requests
 
     def poll(self) -> list[FinishedCompletion]:
         while self._running and not self._finished:
             for request_id, (running, count) in list(self._running.items()):
                 self._running[request_id] = (running, count + 1)
+                self.num_generated_tokens += 1
                 reason = self._end(running, count + 1)
                 if reason is not None:
                     self._finish(request_id, reason)
@@ -208,9 +216,10 @@ class ScriptedEngine:
         running, count = self._running.pop(request_id)
         assert self.policy_version is not None
         tokens = self._answers[running.prompt_token_ids][:count]
+        carried = running.carried.logprobs if running.carried else ()
         completion = Completion(
             token_ids=tokens,
-            logprobs=(-0.5,) * count,
+            logprobs=carried + (-0.5,) * (count - len(carried)),
             text=" ".join(map(str, tokens)),
             finish_reason=reason,
         )

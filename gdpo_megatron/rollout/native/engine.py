@@ -39,6 +39,15 @@ class _Active:
     decoder: IncrementalDecoder | None  # only where there are stop strings
     text: str = ""  # its end, as far as a stop string may reach back
 
+    def feed(self, token: int, stop: Sequence[str]) -> bool:
+        """Take the next token; whether it completes a stop string."""
+        assert self.decoder is not None
+        self.text += self.decoder.feed(token)
+        matched = any(s in self.text for s in stop)
+        keep = max(len(s) for s in stop) - 1
+        self.text = self.text[-keep:] if keep else ""
+        return matched
+
 
 @dataclass(slots=True)
 class _Rows:
@@ -106,6 +115,7 @@ class NativeEngine:
         self._finished: list[FinishedCompletion] = []
         self._ids: set[int] = set()
         self.policy_version: int | None = None
+        self.num_generated_tokens = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -158,17 +168,29 @@ class NativeEngine:
                     f"request {request.request_id}: a prompt of {len(request.prompt_token_ids)} "
                     f"tokens does not fit max_sequence_length {self._max_length}"
                 )
+            if request.num_carried >= self._limit(request, sampling):
+                raise ValueError(
+                    f"request {request.request_id}: nothing is left to generate after "
+                    f"{request.num_carried} carried tokens"
+                )
             ids.add(request.request_id)
         self._ids, self._sampling = ids, sampling
         self._stop_ids = torch.tensor(sampling.stop_token_ids, dtype=torch.int64).to(self._device)
         self._pending.extend(requests)
+
+    def _limit(self, request: RolloutRequest, sampling: SamplingParams) -> int:
+        """Tokens that its completion may have."""
+        room = self._max_length - len(request.prompt_token_ids)
+        return min(sampling.max_completion_tokens, room)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests; see RolloutEngine."""
         wanted = set(request_ids)
         for request in [r for r in self._pending if r.request_id in wanted]:
             self._pending.remove(request)
-            self._report(request, (), (), "abort")
+            carried = request.carried
+            tokens, logprobs = (carried.token_ids, carried.logprobs) if carried else ((), ())
+            self._report(request, tokens, logprobs, "abort")
         rows = [i for i, a in enumerate(self._active) if a.request.request_id in wanted]
         self._release(rows, dict.fromkeys(rows, "abort"))
 
@@ -194,7 +216,7 @@ class NativeEngine:
         entering: list[RolloutRequest] = []
         longest = 0
         while self._pending and len(entering) < free:
-            ids = self._pending[0].prompt_token_ids
+            ids = self._pending[0].input_token_ids
             longest_then = max(longest, len(ids))
             if (len(prompts) + (ids not in prompts)) * longest_then > _PREFILL_TOKENS and entering:
                 break
@@ -202,10 +224,7 @@ class NativeEngine:
             prompts.setdefault(ids, len(prompts))
             entering.append(self._pending.popleft())
         first = len(self._active)
-        limits = [
-            min(self._sampling.max_completion_tokens, self._max_length - len(r.prompt_token_ids))
-            for r in entering
-        ]
+        limits = [self._limit(request, self._sampling) for request in entering]
         self._reserve(
             first + len(entering),
             max(len(r.prompt_token_ids) + n for r, n in zip(entering, limits, strict=True)),
@@ -215,7 +234,7 @@ class NativeEngine:
         for ids, index in prompts.items():
             tokens[index, : len(ids)] = torch.tensor(ids)
         lengths = torch.tensor([len(ids) for ids in prompts])
-        index = torch.tensor([prompts[r.prompt_token_ids] for r in entering]).to(self._device)
+        index = torch.tensor([prompts[r.input_token_ids] for r in entering]).to(self._device)
         rows = slice(first, first + len(entering))
         logits = self._decoder.prefill(
             tokens.to(self._device),
@@ -225,13 +244,20 @@ class NativeEngine:
         )
         state = self._rows
         state.lengths[rows] = lengths.to(self._device)[index]
-        state.counts[rows] = 0
+        state.counts[rows] = torch.tensor([r.num_carried for r in entering], device=self._device)
         state.limits[rows] = torch.tensor(limits, device=self._device)
         state.keys[rows] = split_keys([r.noise_key for r in entering], self._device)
-        state.host_lengths += [len(r.prompt_token_ids) for r in entering]
-        for request in entering:
+        state.host_lengths += [len(r.input_token_ids) for r in entering]
+        for row, request in enumerate(entering, first):
             decoder = IncrementalDecoder(self._tokenizer) if self._sampling.stop else None
-            self._active.append(_Active(request, decoder))
+            active = _Active(request, decoder)
+            self._active.append(active)
+            if request.carried is not None:
+                n = request.num_carried
+                state.tokens[row, :n] = torch.tensor(request.carried.token_ids)
+                state.logprobs[row, :n] = torch.tensor(request.carried.logprobs)
+                for token in request.carried.token_ids if decoder else ():
+                    active.feed(token, self._sampling.stop)
         self._draw(logits[index], rows)
 
     def _decode_step(self) -> None:
@@ -264,6 +290,7 @@ class NativeEngine:
         state.logprobs[rows].scatter_(1, position, logprobs.unsqueeze(1))
         state.last_tokens[rows] = tokens
         state.counts[rows] += 1
+        self.num_generated_tokens += len(tokens)
         stopped = torch.isin(tokens, self._stop_ids)
         done = stopped | (state.counts[rows] >= state.limits[rows])
         if sampling.stop:
@@ -282,14 +309,10 @@ class NativeEngine:
     def _match_stop_strings(self, tokens: list[int], first: int) -> Tensor:
         """Which rows completed a stop string with this token."""
         assert self._sampling is not None
-        stop = self._sampling.stop
-        keep = max(len(s) for s in stop) - 1
-        matched: list[bool] = []
-        for active, token in zip(self._active[first:], tokens, strict=True):
-            assert active.decoder is not None
-            active.text += active.decoder.feed(token)
-            matched.append(any(s in active.text for s in stop))
-            active.text = active.text[-keep:] if keep else ""
+        matched = [
+            active.feed(token, self._sampling.stop)
+            for active, token in zip(self._active[first:], tokens, strict=True)
+        ]
         return torch.tensor(matched, dtype=torch.bool, device=self._device)
 
     def _release(self, rows: list[int], reasons: dict[int, FinishReason]) -> None:
