@@ -24,6 +24,6 @@ def native_engine(setup: EngineSetup) -> RolloutEngine:
 @engines.register("vllm")
 def vllm_engine(setup: EngineSetup) -> RolloutEngine:
     """VLLM in the trainer's processes."""
-    from gdpo_megatron.rollout.vllm import VllmEngine
+    from gdpo_megatron.rollout.vllm_engine import VllmEngine
 
     return VllmEngine(setup)

@@ -6,6 +6,9 @@ quantised layers right; writing into a live model does not. Each rank of an engi
 and takes its part. Source: vllm/distributed/weight_transfer/base.py, ipc_engine.py.
 """
 
+# vLLM lives in an environment of its own, which pyright does not see.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator

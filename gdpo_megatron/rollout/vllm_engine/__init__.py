@@ -4,6 +4,6 @@ engine.py puts it behind `RolloutEngine`, transfer.py is the way that weights ta
 environment.py says how it must be started. vLLM is imported here and nowhere else.
 """
 
-from gdpo_megatron.rollout.vllm.engine import VllmEngine
+from gdpo_megatron.rollout.vllm_engine.engine import VllmEngine
 
 __all__ = ["VllmEngine"]

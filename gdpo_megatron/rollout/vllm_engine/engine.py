@@ -7,6 +7,9 @@ made here, so that they are what every engine makes. What vLLM kept of earlier w
 at each sync.
 """
 
+# vLLM lives in an environment of its own, which pyright does not see.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -24,11 +27,12 @@ from gdpo_megatron.rollout.base import (
     RolloutRequest,
     SamplingParams,
 )
-from gdpo_megatron.rollout.vllm import environment
+from gdpo_megatron.rollout.vllm_engine import environment
 from gdpo_megatron.types import Completion, FinishReason
 
 _REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
-_KEYS = 1 << 63  # vLLM's seeds are signed
+_TAGS = frozenset({"weights", "kv_cache"})  # what vLLM can give back
+_SEEDS = 1 << 63  # they are signed
 
 
 @dataclass(slots=True)
@@ -40,6 +44,18 @@ class _Running:
     tokens: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     text: str = ""  # its end, as far as a stop string may reach back
+
+    def take(self, tokens: Sequence[int], logprobs: Sequence[float], stop: tuple[str, ...]) -> bool:
+        """Append what was generated; whether it completes a stop string."""
+        self.tokens += tokens
+        self.logprobs += logprobs
+        if self.decoder is None:
+            return False
+        self.text += "".join(map(self.decoder.feed, tokens))
+        found = any(string in self.text for string in stop)
+        reach = max(map(len, stop)) - 1
+        self.text = self.text[-reach:] if reach else ""
+        return found
 
 
 class VllmEngine:
@@ -55,15 +71,15 @@ class VllmEngine:
     def __init__(self, setup: EngineSetup):
         self._setup, self._tokenizer = setup, setup.tokenizer
         self._llm: Any = _start(setup)
-        self._core = self._llm.llm_engine
+        self._core: Any = self._llm.llm_engine
         # It would end the process group, which is the trainer's.
         self._core.engine_core._finalizer.detach()
         self._running: dict[str, _Running] = {}
         self._finished: list[FinishedCompletion] = []
         self._sampling: SamplingParams | None = None
-        self._stop_tail = 0
-        self._asleep = False
+        self._tags_asleep = frozenset[str]()
         self.policy_version: int | None = None
+        self.num_generated_tokens = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -73,9 +89,9 @@ class VllmEngine:
     # ---- weights and memory ------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Take memory for weights; that for the cache follows when they are there."""
-        if self._asleep and self._can_sleep:
-            self._llm.wake_up(tags=["weights"])
+        """Take memory for weights again; that for the cache follows when they are there."""
+        if self._tags_asleep == _TAGS:
+            self._wake("weights")
 
     def load_weights(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace all weights; see RolloutEngine."""
@@ -86,9 +102,8 @@ class VllmEngine:
         update = {"tensors": tensors, "shapes": hf_shapes(self._setup.arch)}
         self._llm.update_weights({"update_info": update})
         self._llm.finish_weight_update(str(version))
-        if self._asleep and self._can_sleep:
-            self._llm.wake_up(tags=["kv_cache"])
-        self._asleep = False
+        if self._tags_asleep:
+            self._wake("kv_cache")
         # Its keys are tokens: entries of the old weights would be found, and used.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache")
@@ -96,15 +111,15 @@ class VllmEngine:
         self.policy_version = version
 
     def sleep(self) -> None:
-        """Give weights and cache back, where vLLM can: on GPUs."""
+        """Give weights and cache back; on a CPU, vLLM keeps them."""
         self._require_idle()
-        if self._can_sleep and not self._asleep:
-            self._llm.sleep(level=2)
-        self._asleep, self.policy_version = True, None
+        if self._tags_asleep != _TAGS:
+            self._llm.sleep(level=2)  # nothing is kept: the next sync brings all
+        self._tags_asleep, self.policy_version = _TAGS, None
 
-    @property
-    def _can_sleep(self) -> bool:
-        return bool(self._core.vllm_config.model_config.enable_sleep_mode)
+    def _wake(self, tag: str) -> None:
+        self._llm.wake_up(tags=[tag])
+        self._tags_asleep = self._tags_asleep - {tag}
 
     def _require_idle(self) -> None:
         if self.num_unfinished:
@@ -119,41 +134,47 @@ class VllmEngine:
         if self.num_unfinished and sampling != self._sampling:
             raise ValueError("unfinished requests were submitted with other sampling parameters")
         ids = {int(name) for name in self._running} | {it.request_id for it in self._finished}
-        max_length = self._setup.max_sequence_length
         for request in requests:
             if request.request_id in ids:
                 raise ValueError(f"request_id {request.request_id} is in use")
-            if not 0 < len(request.prompt_token_ids) < max_length:
+            if not request.prompt_token_ids or self._room(request, sampling) <= 0:
                 raise ValueError(
-                    f"request {request.request_id}: a prompt of {len(request.prompt_token_ids)} "
-                    f"tokens does not fit max_sequence_length {max_length}"
+                    f"request {request.request_id}: {len(request.prompt_token_ids)} prompt tokens "
+                    f"and {request.num_carried} carried ones leave nothing to generate within "
+                    f"max_sequence_length {self._setup.max_sequence_length}"
                 )
             ids.add(request.request_id)
         self._sampling = sampling
-        self._stop_tail = max((len(s) for s in sampling.stop), default=1) - 1
         for request in requests:
             name = str(request.request_id)
             decoder = IncrementalDecoder(self._tokenizer) if sampling.stop else None
-            self._running[name] = _Running(request, decoder)
+            self._running[name] = running = _Running(request, decoder)
+            if request.carried is not None:
+                running.take(request.carried.token_ids, request.carried.logprobs, sampling.stop)
             self._core.add_request(
                 name,
-                {"prompt_token_ids": list(request.prompt_token_ids)},
+                {"prompt_token_ids": list(request.input_token_ids)},
                 self._params(request, sampling),
             )
+
+    def _room(self, request: RolloutRequest, sampling: SamplingParams) -> int:
+        """Tokens that are left to generate."""
+        room = self._setup.max_sequence_length - len(request.prompt_token_ids)
+        return min(sampling.max_completion_tokens, room) - request.num_carried
 
     def _params(self, request: RolloutRequest, sampling: SamplingParams) -> Any:
         from vllm import SamplingParams as VllmSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        room = self._setup.max_sequence_length - len(request.prompt_token_ids)
         return VllmSamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_tokens=min(sampling.max_completion_tokens, room),
+            max_tokens=self._room(request, sampling),
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # stop_token_ids says it all
-            seed=request.noise_key % _KEYS,
+            # vLLM draws from a generator of the request: where it goes on, it needs another one.
+            seed=(request.noise_key + request.num_carried) % _SEEDS,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
@@ -163,16 +184,14 @@ class VllmEngine:
     def poll(self) -> list[FinishedCompletion]:
         """Generate until something finishes; see RolloutEngine."""
         while not self._finished and self._running:
-            by_string: list[str] = []
+            assert self._sampling is not None
             for output in self._core.step():
                 running = self._running.get(output.request_id)
                 if running is None:  # aborted while it was computed
                     continue
                 (part,) = output.outputs
-                running.tokens += part.token_ids
-                running.logprobs += part.logprobs.logprobs
-                if self._stops(running, part.token_ids):
-                    by_string.append(output.request_id)
+                self.num_generated_tokens += len(part.token_ids)
+                if running.take(part.token_ids, part.logprobs.logprobs, self._sampling.stop):
                     if not output.finished:
                         self._core.abort_request([output.request_id])
                     self._report(output.request_id, "stop")
@@ -180,17 +199,6 @@ class VllmEngine:
                     self._report(output.request_id, _REASONS[part.finish_reason])
         finished, self._finished = self._finished, []
         return finished
-
-    def _stops(self, running: _Running, tokens: Sequence[int]) -> bool:
-        """Whether these tokens complete a stop string."""
-        assert self._sampling is not None
-        if running.decoder is None:
-            return False
-        for token in tokens:
-            running.text += running.decoder.feed(token)
-        stops = any(stop in running.text for stop in self._sampling.stop)
-        running.text = running.text[-self._stop_tail :] if self._stop_tail else ""
-        return stops
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests; see RolloutEngine."""
@@ -220,7 +228,7 @@ class VllmEngine:
         from vllm.distributed.parallel_state import destroy_model_parallel
 
         self._core.engine_core.engine_core.model_executor.shutdown()
-        self._llm = self._core = None
+        del self._llm, self._core
         destroy_model_parallel()
 
 
@@ -229,7 +237,7 @@ def _start(setup: EngineSetup) -> Any:
     try:
         from vllm import LLM
 
-        from gdpo_megatron.rollout.vllm.transfer import BACKEND
+        from gdpo_megatron.rollout.vllm_engine.transfer import BACKEND
     except ImportError as error:
         raise InputError(
             f"rollout.engine: vllm cannot be imported ({error}); scripts/setup.sh vllm makes an "
