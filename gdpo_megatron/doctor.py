@@ -158,11 +158,41 @@ def check_machine() -> Iterator[Finding]:
 
 @CHECKS.register("engines")
 def check_engines() -> Iterator[Finding]:
-    """Rollout engines that a config can name."""
+    """Rollout engines that a config can name, and whether they can run here."""
     import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
     from gdpo_megatron.rollout.base import engines
 
-    yield Finding("rollout engines", Level.OK, ", ".join(engines.names()))
+    for name in engines.names():
+        what = f"rollout engine {name}"
+        check = _ENGINE_CHECKS.get(name)
+        if check is None:
+            yield Finding(what, Level.OK, "registered by a package; not looked into")
+        else:
+            yield from (Finding(what, level, text) for level, text in check())
+
+
+def _native_engine() -> Iterator[tuple[Level, str]]:
+    yield Level.OK, "runs wherever this package does"
+
+
+def _vllm_engine() -> Iterator[tuple[Level, str]]:
+    """Metadata first: an import takes many seconds, and says less of what is wrong."""
+    from gdpo_megatron.platform import vllm_versions
+
+    problems = vllm_versions.vllm_problems()
+    if not problems:
+        problem = vllm_versions.import_problem()
+        if problem is None:
+            yield Level.OK, f"{vllm_versions.installed_vllm()}, imported"
+            return
+        problems = [f"{problem}; {vllm_versions.how_to_install()}"]
+    yield from ((Level.NOTE, problem) for problem in problems)
+
+
+_ENGINE_CHECKS: Final[dict[str, Callable[[], Iterator[tuple[Level, str]]]]] = {
+    "native": _native_engine,
+    "vllm": _vllm_engine,
+}
 
 
 @CHECKS.register("sandbox")

