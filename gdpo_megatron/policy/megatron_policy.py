@@ -9,7 +9,7 @@ then over data-parallel ranks. No layout and no split can change what is compute
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,8 +31,10 @@ from gdpo_megatron.policy.optimizer import (
     build_optimizer,
     build_scheduler,
     clip_gradients,
+    load_sharded_state,
     main_gradients,
     materialize_state,
+    sharded_state,
 )
 
 
@@ -236,10 +238,6 @@ class MegatronPolicy(MegatronModel):
         """The model that a LoRA run started from, in the same memory."""
         return WithoutAdapters(self)
 
-    def hf_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        self._finish_param_gather()
-        yield from super().hf_tensors()
-
     def _finish_param_gather(self) -> None:
         """Wait for parameters whose update is still on its way from the rank that made it."""
         for ddp in self.ddp:
@@ -253,11 +251,7 @@ class MegatronPolicy(MegatronModel):
         model = {f"chunk{i}": gpt.sharded_state_dict() for i, gpt in enumerate(self.chunks)}
         return {
             "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(
-                model,
-                is_loading=loading,
-                metadata={"distrib_optim_sharding_type": "fully_reshardable"},
-            ),
+            "optimizer": sharded_state(self.optimizer, model, loading=loading),
             "scheduler": self.scheduler.state_dict(),
         }
 
@@ -265,7 +259,7 @@ class MegatronPolicy(MegatronModel):
         """Take over what `sharded_state_dict` of a saved run held."""
         for i, gpt in enumerate(self.chunks):
             gpt.load_state_dict(state["model"][f"chunk{i}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_sharded_state(self.optimizer, state["optimizer"])
         self.scheduler.num_steps = 0  # it adds the steps that it loads to its own
         self.scheduler.load_state_dict(state["scheduler"])
 

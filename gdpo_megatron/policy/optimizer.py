@@ -9,7 +9,7 @@ resumed run is exactly the run that was saved.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,6 +121,54 @@ def materialize_state(optimizer: MegatronOptimizer) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+def sharded_state(
+    optimizer: MegatronOptimizer, model: dict[str, Any], *, loading: bool
+) -> dict[str, Any]:
+    """State of all parts of an optimizer as Megatron's distributed checkpoint takes it.
+
+    Tensors have the names of their parameters, whichever part they belong to: experts have an
+    optimizer of their own in some layouts only, and a run may go on in another one. Megatron's own
+    form names the parts, and holds the settings of each, which are the config's here.
+
+    Args:
+        optimizer: with state, see `materialize_state`.
+        model: sharded state of the model.
+        loading: whether it says what to load, or is saved.
+    """
+    parts = _parts(optimizer)
+    states: list[dict[str, Any]] = [
+        part.sharded_state_dict(
+            model, is_loading=loading, metadata={"distrib_optim_sharding_type": _SHARDING}
+        )
+        for part in parts
+    ]
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
+    # Groups without parameters may have none, and so has an optimizer without an update.
+    steps = {group["step"] for group in groups if group.get("step") is not None}
+    assert len(steps) <= 1, f"parameter groups are at different steps: {steps}"
+    return {
+        "step": next(iter(steps), None),
+        "param_state": {index: state["param_state"] for index, state in enumerate(states)},
+    }
+
+
+def load_sharded_state(optimizer: MegatronOptimizer, state: Mapping[str, Any]) -> None:
+    """Take over what `sharded_state` of a saved run held."""
+    step = {} if state["step"] is None else {"step": state["step"]}
+    for index, part in enumerate(_parts(optimizer)):
+        groups: list[dict[str, Any]] = part.state_dict()["optimizer"]["param_groups"]
+        part.load_state_dict(
+            {
+                "optimizer": {"param_groups": [group | step for group in groups]},
+                "param_state": state["param_state"][index],
+                "param_state_sharding_type": _SHARDING,
+            }
+        )
+
+
+_SHARDING = "fully_reshardable"
 
 
 def _parts(optimizer: Any) -> list[DistributedOptimizer]:

@@ -29,6 +29,8 @@ OPTIMIZER = OptimizerConfig(
 )
 
 BFLOAT16 = {"dtype": "bfloat16", "model": "untied"}
+EXPERTS = {"model": "experts"}
+SAVED: dict[str, dict[str, str]] = {"float32": {}, "bfloat16": BFLOAT16, "experts": EXPERTS}
 
 
 class Run:
@@ -100,29 +102,29 @@ def _elsewhere(models: str, folder: Path, layout: dict[str, Any], **options: Any
 def save_on_one(models: str, folder: str) -> dict[str, Any]:
     """Train 2 steps, save, train 3; then go on from the file in the same layout.
 
-    Leaves <folder>/float32 and /bfloat16 (untied) for other layouts.
+    Leaves <folder>/float32, /bfloat16 (untied) and /experts for other layouts.
     """
     result: dict[str, Any] = {}
     with in_layout() as layout:
-        for dtype, options in (("float32", {}), ("bfloat16", BFLOAT16)):
-            run = Run(models, Path(folder, dtype), layout, **options)
+        for name, options in SAVED.items():
+            run = Run(models, Path(folder, name), layout, **options)
             torch.manual_seed(7)
             begin = run.train(2)
             run.save()
             saved, noise = run.hf_weights(), torch.rand(5)
             onward = run.train(3)
-            again = _elsewhere(models, Path(folder, dtype), layout, **options)
+            again = _elsewhere(models, Path(folder, name), layout, **options)
             loaded = again.hf_weights()
-            result[dtype] = {
+            result[name] = {
                 "begin": begin,
                 "onward": onward,
                 "same_noise": torch.equal(torch.rand(5), noise),
-                "same_weights": all(torch.equal(loaded[name], saved[name]) for name in saved),
+                "same_weights": all(torch.equal(loaded[key], saved[key]) for key in saved),
                 "again": again.train(3),
             }
             again.load()
             _share_step_counter(again)
-            result[dtype]["shared_counter"] = again.train(2)
+            result[name]["shared_counter"] = again.train(2)
         result["folders"] = _folders(models, Path(folder, "kept"), layout)
     return result
 
@@ -170,14 +172,30 @@ def _folders(models: str, folder: Path, layout: dict[str, Any]) -> dict[str, Any
 
 
 def load_on_more(
-    models: str, folder: str, layouts: dict[str, dict[str, int]], through: str
+    models: str,
+    folder: str,
+    layouts: dict[str, dict[str, int]],
+    through: str,
+    experts: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Go on from what `save_on_one` saved, in each layout.
+    """Go on from what `save_on_one` saved, in each layout, and with experts in each of `experts`.
 
     In the layout called `through` the run is saved once more after a step; the others then also go
-    on from there.
+    on from there. With experts that is done in every layout, and each goes on in the one after it.
     """
     result: dict[str, Any] = {}
+    for name, sizes in experts.items():
+        with in_layout(**sizes) as layout:
+            run = _elsewhere(models, Path(folder, "experts"), layout, **EXPERTS)
+            result[name] = {"onward": run.train(2)}
+            run.load()
+            run.train(1)
+            run.checkpoints = CheckpointManager(Path(folder, name), keep_last=1, mesh=run.mesh)
+            run.save()
+    for saver, name in zip(experts, [*list(experts)[1:], *experts], strict=False):
+        with in_layout(**experts[name]) as layout:
+            again = _elsewhere(models, Path(folder, saver), layout, **EXPERTS)
+            result[name]["from_second"] = again.train(2)
     for name in sorted(layouts, key=lambda name: name != through):
         with in_layout(**layouts[name]) as layout:
             run = _elsewhere(models, Path(folder, "float32"), layout)

@@ -18,6 +18,12 @@ from rank_harness import run_ranks
 pytestmark = pytest.mark.distributed
 
 TWO_RANKS = {"dp2": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}}
+EXPERTS_ON_TWO_RANKS = {
+    "experts, dp2": {},
+    "experts, ep2": {"ep": 2},
+    "experts, tp2 sp ep2": {"tp": 2, "sp": True, "ep": 2},
+}
+"""With EP2 the experts have an optimizer of their own, else they share one with the rest."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,7 @@ def two_ranks(models: Path, folder: Path, one_rank: Any) -> list[dict[str, Any]]
         folder=str(folder / "runs"),
         layouts=TWO_RANKS,
         through="dp2",
+        experts=EXPERTS_ON_TWO_RANKS,
     )
 
 
@@ -61,7 +68,7 @@ def assert_same(
             assert step[name] == pytest.approx(right[name], rel=tolerance), (name, right["step"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "experts"])
 def test_same_layout_goes_on_exactly(dtype: str, one_rank: dict[str, Any]) -> None:
     """Bit for bit, numbers drawn from torch's generator included."""
     result = one_rank[dtype]
@@ -106,6 +113,16 @@ def test_saved_by_two_ranks(
     """Saved at TP1, loaded at DP2, saved there a step later, loaded here."""
     for rank in two_ranks:
         assert_same(rank[layout]["from_second"], one_rank["float32"]["onward"][1:], 2e-6)
+
+
+@pytest.mark.parametrize("layout", EXPERTS_ON_TWO_RANKS)
+def test_experts_go_on(
+    layout: str, one_rank: dict[str, Any], two_ranks: list[dict[str, Any]]
+) -> None:
+    """Saved by one process, and once more, a step later, by the layout before this one."""
+    for rank in two_ranks:
+        assert_same(rank[layout]["onward"], one_rank["experts"]["onward"][:2], 2e-6)
+        assert_same(rank[layout]["from_second"], one_rank["experts"]["onward"][1:], 2e-6)
 
 
 def test_folders(one_rank: dict[str, Any]) -> None:
