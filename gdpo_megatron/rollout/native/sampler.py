@@ -101,6 +101,35 @@ def filter_support(scaled: Tensor, top_p: float, top_k: int) -> Tensor:
     return torch.empty_like(scaled).scatter_(-1, order, ordered)
 
 
+def perturbed_logits(
+    logits: Tensor,
+    noise: KeyedNoise,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Logits with noise, whose largest is the token drawn, and those without.
+
+    Args:
+        logits: float32 [n, V].
+        noise: see KeyedNoise.
+        keys: int32 [n, 2].
+        positions: [n], index of the drawn token within its completion.
+        temperature: 0 adds no noise.
+        top_p: see `filter_support`.
+        top_k: see `filter_support`.
+
+    Returns:
+        (perturbed, scaled), float32 [n, V]; -inf outside the support.
+    """
+    scaled = logits / temperature if temperature not in (0.0, 1.0) else logits
+    scaled = filter_support(scaled, top_p, top_k)
+    return (scaled if temperature == 0.0 else scaled + noise.gumbel(keys, positions)), scaled
+
+
 def sample(
     logits: Tensor,
     noise: KeyedNoise,
@@ -111,25 +140,16 @@ def sample(
     top_p: float,
     top_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token per row.
-
-    Args:
-        logits: float32 [n, V].
-        noise: see KeyedNoise.
-        keys: int32 [n, 2].
-        positions: [n], index of the drawn token within its completion.
-        temperature: 0 takes the most likely token.
-        top_p: see `filter_support`.
-        top_k: see `filter_support`.
+    """Draw one token per row; arguments as of `perturbed_logits`, temperature 0 is greedy.
 
     Returns:
         (token ids int64 [n], log-probs float32 [n]). The log-prob is that of the distribution the
         token was drawn from: temperature applied, renormalised over the support; for greedy
         decoding that of temperature 1.
     """
-    scaled = logits / temperature if temperature not in (0.0, 1.0) else logits
-    scaled = filter_support(scaled, top_p, top_k)
-    perturbed = scaled if temperature == 0.0 else scaled + noise.gumbel(keys, positions)
+    perturbed, scaled = perturbed_logits(
+        logits, noise, keys, positions, temperature=temperature, top_p=top_p, top_k=top_k
+    )
     tokens = perturbed.argmax(-1)
     chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return tokens, chosen - scaled.logsumexp(-1)
