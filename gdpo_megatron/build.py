@@ -45,6 +45,7 @@ class Parts:
     Args:
         platform: the machine.
         mesh: the trainer's mesh.
+        base_dir: folder that the config's relative paths start from.
         folder: the model's folder, of either format.
         arch: its shape.
         tokenizer: its tokenizer.
@@ -52,6 +53,7 @@ class Parts:
 
     platform: Platform
     mesh: Mesh
+    base_dir: Path
     folder: Path
     arch: ModelArchitecture
     tokenizer: Tokenizer
@@ -102,7 +104,7 @@ class Parts:
             seed=self.seed,
             vllm=config.vllm or VllmConfig(),
         )
-        return engines.get(config.engine)(setup), engine_mesh
+        return engines.get(config.engine, self.base_dir)(setup), engine_mesh
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: of the generation config, else of the tokenizer."""
@@ -161,6 +163,7 @@ def build_parts(
     return Parts(
         platform=platform,
         mesh=meshes.initialize(parallel, platform),
+        base_dir=base_dir,
         folder=folder,
         arch=load_architecture(files),
         tokenizer=load_tokenizer(tokenizer_path),

@@ -24,6 +24,7 @@ from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import RolloutEngine
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
+from gdpo_megatron.rollout.stall import StallLimit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class Evaluator:
         parts: what the job was given.
         engine: this rank's engine.
         engines: its mesh.
+        stall: when its generation counts as stalled.
     """
 
     def __init__(
@@ -91,9 +93,11 @@ class Evaluator:
         parts: Parts,
         engine: RolloutEngine,
         engines: EngineMesh,
+        stall: StallLimit,
     ):
         assert config.data.eval is not None, "validation requires data.eval"
         self._config, self._parts, self._engine, self._engines = config, parts, engine, engines
+        self._stall = stall
         prompts = load_prompts(
             config.data,
             parts.tokenizer,
@@ -128,6 +132,7 @@ class Evaluator:
                 seed=config.seed,
                 stream="eval",
                 step=0,
+                stall=self._stall,
                 on_progress=on_progress,
             )
         try:
@@ -167,8 +172,13 @@ def summarise(batch: RolloutBatch, samples_per_prompt: int) -> EvalResult:
 def run_eval(config: RLConfig, base_dir: Path, parts: Parts) -> EvalResult:
     """The `eval` job: evaluate the model of the config; rank 0 writes <run_dir>/eval.json."""
     engine, engines = parts.engine(config.rollout, config.eval.max_concurrent_sequences)
-    evaluator = Evaluator(config, base_dir, parts, engine, engines)
     run_dir = resolve_path(base_dir, config.run_dir)
+    stall = StallLimit(
+        seconds=config.rollout.stall_timeout_seconds,
+        folder=run_dir,
+        goes_on=lambda: "the same command evaluates again",
+    )
+    evaluator = Evaluator(config, base_dir, parts, engine, engines, stall)
     leads = parts.mesh.rank == 0
     with ProgressDisplay(1, 0, f"gdpo-megatron eval: {parts.folder}", enabled=leads) as display:
         display.phase("eval")

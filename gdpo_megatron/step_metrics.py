@@ -24,7 +24,7 @@ def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, fl
         rollout_seconds: wall clock of generation, with the rewards that were waited for.
     """
     lengths = batch.lengths.double()
-    num_tokens = float(lengths.sum())
+    num_tokens = float(batch.num_generated_tokens)
     values = {
         "rollout/num_tokens": num_tokens,
         "rollout/tokens_per_second": num_tokens / rollout_seconds,
@@ -32,6 +32,7 @@ def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, fl
         "completion/max_tokens": float(lengths.max()),
         "completion/stopped_share": batch.finish_share("stop"),
         "completion/truncated_share": batch.finish_share("length"),
+        "completion/aborted_share": batch.finish_share("abort"),
     }
     for column, name in enumerate(batch.rewards.names):
         values |= {f"reward/{name}/{k}": v for k, v in _reward_metrics(batch, column).items()}
@@ -42,6 +43,11 @@ def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, fl
         "reward_suite/num_recycled": report.num_recycled,
         "reward_suite/num_retries": report.num_retries,
     }
+
+
+def long_tail_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """What became of the groups that were asked for, where steps end before all are finished."""
+    return {f"long_tail/{name}": float(batch.cut.counts[name]) for name in LONG_TAIL_COUNTS}
 
 
 def advantage_metrics(
@@ -106,6 +112,34 @@ def _combine(name: str) -> Combine:
     return "max" if name.endswith("_max") else "mean"
 
 
+LONG_TAIL_COUNTS = {
+    "num_groups_asked": ("groups", "Groups that the step asked its engines for."),
+    "num_groups_resumed": ("groups", "Those of them that an earlier step had begun."),
+    "num_groups_carried": ("groups", "Those that go on in the next step."),
+    "num_groups_returned": (
+        "groups",
+        "Those of which nothing is kept; their prompts are drawn again in the next step.",
+    ),
+    "num_aborted": ("completions", "Completions that were broken off, begun or not."),
+    "num_tokens_dropped": ("tokens", "Tokens of completions that are neither used nor carried."),
+    "num_tokens_resumed": (
+        "tokens",
+        "Tokens of the step's finished completions that an earlier policy version drew.",
+    ),
+    "max_version_lag": (
+        "optimizer steps",
+        "Largest number of versions that such a token is behind the one that finished the step.",
+    ),
+}
+"""Name -> unit and definition."""
+
+for _name, (_unit, _definition) in LONG_TAIL_COUNTS.items():
+    declare_metric(
+        f"long_tail/{_name}",
+        _unit,
+        f"{_definition} Only where rollout.long_tail ends steps early.",
+        "max" if _name.startswith("max_") else "sum",
+    )
 for _name, _info in LOSS_METRICS.items():
     declare_metric(f"update/{_name}", _info.unit, _info.definition, _combine(_name))
 for _name, _info in DIAGNOSTICS.items():

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 from gdpo_megatron.algorithms import compute_advantages, needs_old_pass, needs_reference
 from gdpo_megatron.algorithms.dynamic_sampling import Refill, decide_groups
 from gdpo_megatron.build import Parts
-from gdpo_megatron.checkpoint import CheckpointManager, saved_after
+from gdpo_megatron.checkpoint import CheckpointManager, goes_on_from, saved_after
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.data.prompts import load_prompts
@@ -40,8 +41,16 @@ from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
 from gdpo_megatron.policy.swapped import SwappedReference
 from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
-from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
-from gdpo_megatron.step_metrics import advantage_metrics, rollout_metrics, update_metrics
+from gdpo_megatron.rollout.failure import EngineFailure
+from gdpo_megatron.rollout.long_tail import GroupRequest, LongTail
+from gdpo_megatron.rollout.runner import RolloutBatch, run_groups, sampling_params
+from gdpo_megatron.rollout.stall import StallLimit
+from gdpo_megatron.step_metrics import (
+    advantage_metrics,
+    long_tail_metrics,
+    rollout_metrics,
+    update_metrics,
+)
 from gdpo_megatron.types import AdvantageBatch, Prompt, RewardMatrix
 from gdpo_megatron.update import (
     MinibatchPlan,
@@ -99,6 +108,14 @@ class GDPOTrainer:
         self.parity = ParityGate(config.precision.fp8, self.policy, self.reference)
         self.engine, self.engines = parts.engine(rollout, rollout.max_concurrent_sequences)
         self.sampling = sampling_params(rollout, parts.stop_token_ids())
+        self.long_tail = LongTail(
+            rollout.long_tail, self.sampler, self.prompts, self.engines.num_replicas
+        )
+        self.stall = StallLimit(
+            seconds=rollout.stall_timeout_seconds,
+            folder=self.run_dir,
+            goes_on=lambda: goes_on_from(self.checkpoints.steps()),
+        )
         self.suite = RewardSuite(
             config.rewards,
             group_size=rollout.group_size,
@@ -112,7 +129,9 @@ class GDPOTrainer:
         self.advantage_config = replace(config.advantage, weights=self.suite.weights)
         self.evaluator = None
         if config.train.eval_interval:
-            self.evaluator = Evaluator(config, base_dir, parts, self.engine, self.engines)
+            self.evaluator = Evaluator(
+                config, base_dir, parts, self.engine, self.engines, self.stall
+            )
         self.checkpoints = CheckpointManager(
             self.run_dir,
             keep_last=config.checkpoint.keep_last,
@@ -126,6 +145,12 @@ class GDPOTrainer:
         if state is not None:
             self.step, self.policy_version = state["step"], state["policy_version"]
             self.sampler.load_state_dict(state["sampler"])
+            self.long_tail.load_carried(
+                self.checkpoints.carried(self.step),
+                replica=self.engines.replica,
+                group_size=rollout.group_size,
+                max_completion_tokens=rollout.max_completion_tokens,
+            )
             self.parity.load_state_dict(state.get("parity", {}))
         self._free_grad_buffers()
         self.interrupt = Interrupt(parts.platform)
@@ -154,9 +179,12 @@ class GDPOTrainer:
                 values, summary = self.train_step()
                 self.step += 1
                 if train.eval_interval and self.step % train.eval_interval == 0:
-                    evaluation = self._evaluate()
-                    values |= evaluation.metrics()
-                    broken = evaluation.broken
+                    try:
+                        evaluation = self._evaluate()
+                        values |= evaluation.metrics()
+                        broken = evaluation.broken
+                    except EngineFailure as error:
+                        broken = error
                 values |= {f"time/{name}_seconds": s for name, s in self.timers.take().items()}
                 values["time/step_seconds"] = time.perf_counter() - began
                 # Logged before it is saved: a step that a resumed run does not repeat is on record.
@@ -182,22 +210,25 @@ class GDPOTrainer:
 
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step; returns its metrics, and those that a person watches."""
-        sampler_state = self.sampler.state_dict()
+        before = self.sampler.state_dict(), self.long_tail.carried
         with self._phase("weight_sync"):
             self.engine.wake()
             sync = sync_weights(self.policy, self.engine, self.policy_version)
         rollout_began = time.perf_counter()
         with self._phase("rollout"):
-            prompts, batch, kept = self._collect()
+            try:
+                prompts, batch, kept = self._collect()
+            except EngineFailure as error:
+                raise self._undone(error, before) from None
             self.engine.sleep()
         values = rollout_metrics(batch, time.perf_counter() - rollout_began) | self.refill_metrics
+        if self.config.rollout.long_tail.is_cut:
+            values |= long_tail_metrics(batch)
         self._report_faults(batch)
         try:
             batch.check_invalid(self.config.reward_suite.max_invalid_fraction)
         except TooManyInvalid as error:
-            # Nothing was learned from these rollouts: a run that goes on draws them again.
-            self.sampler.load_state_dict(sampler_state)
-            raise self._saved(error) from None
+            raise self._undone(error, before) from None
         with self._phase("advantage"):
             advantages = self._advantages(batch, kept, values)
         values |= {"run/policy_version": sync.policy_version, "run/epoch": self.sampler.epoch}
@@ -206,9 +237,8 @@ class GDPOTrainer:
         try:
             values |= self._update(prompts, batch, advantages)
         except Fp8Drift as error:
-            self.sampler.load_state_dict(sampler_state)
             self.metrics.log(self.step + 1, values | error.metrics | self.parity.metrics())
-            raise self._saved(error) from None
+            raise self._undone(error, before) from None
         memory = self.parts.platform.memory_stats()
         values |= {f"memory/{kind}_bytes": amount for kind, amount in memory.items()}
         summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
@@ -228,8 +258,8 @@ class GDPOTrainer:
         rounds: list[RolloutBatch] = []
         kept: list[int] = []
         while num_groups := refill.num_wanted():
-            asked = [self.prompts[i] for i in self.sampler.next_batch(num_groups)]
-            batch = run_rollouts(
+            asked = self.long_tail.ask(self.step, num_groups, first_group=len(prompts))
+            batch = run_groups(
                 asked,
                 group_size=config.rollout.group_size,
                 sampling=self.sampling,
@@ -239,15 +269,18 @@ class GDPOTrainer:
                 platform=self.parts.platform,
                 seed=config.seed,
                 stream="train",
-                step=self.step,
                 first_group=len(prompts),
+                num_wanted=num_groups,
+                long_tail=config.rollout.long_tail,
+                stall=self.stall,
                 on_progress=self.display.progress,
                 on_generated=lambda: self.display.phase("reward"),
             )
-            prompts += asked
+            self.long_tail.settle(asked, batch.cut)
+            prompts += [asked[g].prompt for g in batch.cut.kept]
             rounds.append(batch)
             if not filtering:
-                return prompts, batch, list(range(num_groups))
+                return prompts, batch, list(range(len(prompts)))
             decision = decide_groups(
                 batch.rewards, dynamic, self.advantage_config, base_dir=self._base_dir
             )
@@ -409,7 +442,19 @@ class GDPOTrainer:
                     "sampler": self.sampler.state_dict(),
                     "parity": self.parity.state_dict(),
                 },
+                self.long_tail.own_state(self.engines),
             )
+
+    def _undone(
+        self, error: InputError, before: tuple[dict[str, Any], tuple[GroupRequest, ...]]
+    ) -> InputError:
+        """Save the run as it was `before` a step of which nothing was learned.
+
+        A run that goes on asks for the same rollouts again.
+        """
+        sampler_state, self.long_tail.carried = before
+        self.sampler.load_state_dict(sampler_state)
+        return self._saved(error)
 
     def _saved(self, error: InputError) -> InputError:
         """Save the run before it ends with an error that a person has to mend."""

@@ -29,6 +29,7 @@ from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
+from gdpo_megatron.rollout.long_tail import long_tail_problems
 from gdpo_megatron.run_folder import CONFIG_FILE
 from gdpo_megatron.sandbox import (
     NUM_TRIES,
@@ -118,7 +119,7 @@ def _checks(
         return
     if arch is not None:
         found = arch
-        yield lambda: _engine(config, found, world_size)
+        yield lambda: _engine(config, found, world_size, base_dir)
     configure(config.sandbox)  # answers are checked by its rules
     yield load_rewards
     if suite is not None:
@@ -126,6 +127,13 @@ def _checks(
         yield lambda: _sandbox(config, rewards)
     yield lambda: _run(config, job)
     if job == "train":
+        yield lambda: long_tail_problems(
+            config.rollout.long_tail,
+            num_prompts=config.rollout.num_prompts_per_step,
+            group_size=config.rollout.group_size,
+            num_replicas=max(1, world_size // config.rollout.tensor_parallel_size),
+            dynamic_filter=config.dynamic_sampling.filter,
+        )
         yield lambda: _estimator(config, base_dir)
         longest = config.rollout.max_completion_tokens
         yield lambda: _prompts(config, base_dir, config.data.train, longest, tokenizer, suite)
@@ -281,7 +289,9 @@ def _experts(
     return problems
 
 
-def _engine(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[str]:
+def _engine(
+    config: RLConfig, arch: ModelArchitecture, world_size: int, base_dir: Path
+) -> list[str]:
     import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 
     rollout, key = config.rollout, "rollout.tensor_parallel_size"
@@ -289,7 +299,7 @@ def _engine(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[
     if world_size % rollout.tensor_parallel_size:
         problems.append(f"{key} {rollout.tensor_parallel_size} does not divide {world_size} ranks")
     try:
-        engines.get(rollout.engine)
+        engines.get(rollout.engine, base_dir)
     except InputError as error:
         problems += [f"rollout.engine: {problem}" for problem in error.problems]
     if rollout.vllm is not None and rollout.engine != "vllm":

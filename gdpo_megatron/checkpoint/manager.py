@@ -3,6 +3,7 @@
     <run_dir>/checkpoints/step_00000050/   model, optimizer, schedule (any layout can load them)
                           .../run.json     step, policy_version, sampler
                           .../rng_00000.json   random state of each rank
+                          .../carried_00000.json   groups that its engine goes on with, if any
                           .../hf/      config.json, tokenizer: what makes it a model folder
 
 A checkpoint is written beside its place and renamed when every rank is done, so a folder that has
@@ -16,7 +17,7 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 def saved_after(step: int) -> str:
     """What a run that ends early says of its newest checkpoint."""
     return f"the run is saved after step {step}; the same command goes on there"
+
+
+def goes_on_from(steps: Sequence[int]) -> str:
+    """What a run that ends without saving says, given the steps that have a checkpoint."""
+    if not steps:
+        return "the run has no checkpoint yet; the same command starts it again"
+    return f"the same command goes on from the checkpoint of step {steps[-1]}"
 
 
 _NAME = re.compile(r"step_(\d{8})")
@@ -70,13 +78,20 @@ class CheckpointManager:
         matches = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
         return sorted(int(match.group(1)) for match in matches if match)
 
-    def save(self, step: int, policy: MegatronPolicy, state: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        policy: MegatronPolicy,
+        state: dict[str, Any],
+        carried: Sequence[dict[str, Any]] = (),
+    ) -> Path:
         """Write the checkpoint of `step`; collective.
 
         Args:
             step: steps that are done.
             policy: what is saved.
             state: JSON-able state of the loop, the same on all ranks.
+            carried: JSON-able groups that this rank's engine goes on with.
         """
         final = self._folder / f"step_{step:08d}"
         partial = final.with_suffix(".partial")
@@ -86,6 +101,9 @@ class CheckpointManager:
         dist.barrier()
         dist_checkpointing.save(policy.sharded_state_dict(loading=False), str(partial))
         (partial / f"rng_{self._mesh.rank:05d}.json").write_text(json.dumps(_rng_state()))
+        if carried:
+            path = partial / f"carried_{self._mesh.rank:05d}.json"
+            path.write_text(json.dumps(list(carried)))
         dist.barrier()
         if self._mesh.rank == 0:
             run = {"step": step, "world_size": self._mesh.world_size, **state}
@@ -99,6 +117,11 @@ class CheckpointManager:
                 shutil.rmtree(self._folder / f"step_{old:08d}")
         dist.barrier()
         return final
+
+    def carried(self, step: int) -> list[dict[str, Any]]:
+        """The `carried` of all ranks that saved the checkpoint of a step."""
+        files = sorted((self._folder / f"step_{step:08d}").glob("carried_*.json"))
+        return [group for file in files for group in json.loads(file.read_text())]
 
     def load_latest(self, policy: MegatronPolicy) -> dict[str, Any] | None:
         """Load the newest checkpoint into the policy; collective.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
 from gdpo_megatron.config.fp8 import Fp8Config
+from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
 from gdpo_megatron.config.memory import MemoryConfig, RLMemoryConfig
@@ -129,7 +130,8 @@ class RolloutConfig(SamplingConfig):
 
     engine: str = "native"
     """Rollout engine: native (KV-cache decoding of the policy's weights) or vllm (needs an
-    environment of its own: scripts/setup.sh vllm)."""
+    environment of its own: scripts/setup.sh vllm); or one of yours, ./file.py:factory relative to
+    the config file."""
 
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share one engine; world size / this engines generate side by side."""
@@ -142,6 +144,11 @@ class RolloutConfig(SamplingConfig):
 
     max_concurrent_sequences: PositiveInt = 256
     """Completions that one engine decodes at a time; bounds its KV cache."""
+
+    long_tail: LongTailConfig = field(default_factory=LongTailConfig)
+
+    stall_timeout_seconds: PositiveFloat = 600.0
+    """The run is saved and stops when an engine that generates has drawn no token for so long."""
 
     vllm: VllmConfig | None = None
     """More settings of engine vllm; null takes their defaults."""

@@ -74,7 +74,8 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "reward/{reward}/invalid", "rollouts", "sum",
-        "Entries without a score because the reward function failed or refused.",
+        "Entries without a score because the reward function failed or refused, or because the "
+        "completion was broken off (completion/aborted_share).",
     ),
     Metric(
         "reward/{reward}/not_applicable", "rollouts", "sum",
@@ -124,7 +125,15 @@ METRICS: tuple[Metric, ...] = (
         "completion/truncated_share", "share", "mean",
         "Share of completions cut at rollout.max_completion_tokens.",
     ),
-    Metric("rollout/num_tokens", "tokens", "sum", "Completion tokens made, over all engines."),
+    Metric(
+        "completion/aborted_share", "share", "mean",
+        "Share of the step's completions that rollout.long_tail broke off; they are in no group "
+        "statistic and not in the loss.",
+    ),
+    Metric(
+        "rollout/num_tokens", "tokens", "sum",
+        "Completion tokens that the engines drew in the step, used or not.",
+    ),
     Metric(
         "rollout/tokens_per_second", "tokens/s", "mean",
         "rollout/num_tokens / time/rollout_seconds: all engines together, prompts not counted.",

@@ -14,6 +14,7 @@ from typing import Any
 
 from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.data.sampler import PromptSampler
+from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.types import Completion, Prompt
 
 
@@ -246,7 +247,6 @@ class LongTail:
         config: the `rollout.long_tail` section.
         sampler: where new prompts come from, and unused ones go back to.
         prompts: rows of the data set.
-        num_prompts: rollout.num_prompts_per_step.
         num_replicas: engines.
     """
 
@@ -255,43 +255,43 @@ class LongTail:
         config: LongTailConfig,
         sampler: PromptSampler,
         prompts: Sequence[Prompt],
-        *,
-        num_prompts: int,
         num_replicas: int,
     ):
-        self.config = config
-        self._sampler, self._prompts, self._num_replicas = sampler, prompts, num_replicas
-        spare = math.ceil(num_prompts * config.over_provision - 1e-9)
-        self._num_asked = num_prompts + math.ceil(spare / num_replicas) * num_replicas
-        self._carried: tuple[GroupRequest, ...] = ()
+        self._config, self._sampler = config, sampler
+        self._prompts, self._num_replicas = prompts, num_replicas
+        self.carried: tuple[GroupRequest, ...] = ()
 
-    def ask(self, step: int) -> list[GroupRequest]:
-        """Groups for a step; the next ones come after `settle`."""
-        carried, self._carried = self._carried, ()
-        rows = self._sampler.next_batch(max(0, self._num_asked - len(carried)))
-        new = [
-            GroupRequest(prompt=self._prompts[row], noise_step=step, noise_group=number, row=row)
-            for number, row in enumerate(rows, len(carried))
+    def ask(self, step: int, num_wanted: int, *, first_group: int = 0) -> list[GroupRequest]:
+        """Groups to generate; the next call comes after `settle`.
+
+        Args:
+            step: names the noise of the new ones.
+            num_wanted: groups to train on.
+            first_group: number of the first one in the step; names the noise too.
+        """
+        spare = math.ceil(num_wanted * self._config.over_provision - 1e-9)
+        num_asked = num_wanted + math.ceil(spare / self._num_replicas) * self._num_replicas
+        carried, self.carried = self.carried, ()
+        rows = self._sampler.next_batch(max(0, num_asked - len(carried)))
+        return [
+            *carried,
+            *(
+                GroupRequest(
+                    prompt=self._prompts[row], noise_step=step, noise_group=number, row=row
+                )
+                for number, row in enumerate(rows, first_group + len(carried))
+            ),
         ]
-        return [*carried, *new]
 
     def settle(self, groups: Sequence[GroupRequest], cut: Cut) -> None:
         """Take back what a step did not use."""
         self._sampler.put_back([groups[g].row for g in cut.returned])
-        self._carried = cut.carried
+        self.carried = cut.carried
 
     # ---- going on ----------------------------------------------------------------------------
 
-    def state(self) -> tuple[GroupRequest, ...]:
-        """What `restore` takes, within a process."""
-        return self._carried
-
-    def restore(self, state: tuple[GroupRequest, ...]) -> None:
-        """Go back to a `state`."""
-        self._carried = state
-
-    def rank_state(self, replica: int) -> list[dict[str, Any]]:
-        """The carried groups of one engine, for a checkpoint."""
+    def own_state(self, engines: EngineMesh) -> list[dict[str, Any]]:
+        """The carried groups of the engine that this rank leads, for a checkpoint."""
         return [
             {
                 "prompt_token_ids": group.prompt.token_ids,
@@ -302,11 +302,11 @@ class LongTail:
                 "steps_carried": group.steps_carried,
                 "parts": [None if part is None else asdict(part) for part in group.parts],
             }
-            for group in self._carried
-            if group.replica == replica
+            for group in self.carried
+            if group.replica == engines.replica and engines.tp_rank == 0
         ]
 
-    def load_rank_states(
+    def load_carried(
         self,
         states: Iterable[dict[str, Any]],
         *,
@@ -314,13 +314,13 @@ class LongTail:
         group_size: int,
         max_completion_tokens: int,
     ) -> None:
-        """Take the carried groups of all engines of a checkpoint.
+        """Take the carried groups of all engines of a checkpoint; the sampler is loaded already.
 
         A group that no longer fits (other prompt or group size, shorter completions, no carrying)
         is dropped, and its prompt drawn again.
 
         Args:
-            states: what `rank_state` returned, of all engines.
+            states: what `own_state` returned, of all ranks.
             replica: this rank's engine.
             group_size: completions of a group.
             max_completion_tokens: of a completion.
@@ -329,24 +329,20 @@ class LongTail:
         returned: list[int] = []
         for state in states:
             group = self._from_state(state)
-            same_prompt = group.prompt.token_ids == tuple(state["prompt_token_ids"])
-            fits = (
-                same_prompt
-                and len(group.parts) == group_size
-                and all(
-                    part is None
-                    or part.is_finished
-                    or len(part.completion.token_ids) < max_completion_tokens
-                    for part in group.parts
-                )
+            same = group.prompt.token_ids == tuple(state["prompt_token_ids"])
+            fits = all(
+                part is None
+                or part.is_finished
+                or len(part.completion.token_ids) < max_completion_tokens
+                for part in group.parts
             )
-            if self.config.max_carried_steps and fits:
+            if self._config.max_carried_steps and same and len(group.parts) == group_size and fits:
                 own = group.replica == replica
                 carried.append(group if own else replace(group, parts=()))
             else:
                 returned.append(group.row)
         # In the order in which they were first asked for, as they were before.
-        self._carried = tuple(sorted(carried, key=lambda g: (g.noise_step, g.noise_group)))
+        self.carried = tuple(sorted(carried, key=lambda g: (g.noise_step, g.noise_group)))
         self._sampler.put_back(sorted(returned))
 
     def _from_state(self, state: dict[str, Any]) -> GroupRequest:
