@@ -59,7 +59,7 @@ from gdpo_megatron.update import (
     plan_minibatches,
     rollout_micro_batches,
 )
-from gdpo_megatron.weight_sync import sync_weights
+from gdpo_megatron.weight_sync import Canary, SyncFault, SyncReport, WeightSync
 
 
 class GDPOTrainer:
@@ -107,6 +107,23 @@ class GDPOTrainer:
                 self.reference = parts.frozen_model(config.train.packing)
         self.parity = ParityGate(config.precision.fp8, self.policy, self.reference)
         self.engine, self.engines = parts.engine(rollout, rollout.max_concurrent_sequences)
+        self.weight_sync = WeightSync(
+            config.weight_sync,
+            self.policy,
+            self.engine,
+            Canary(
+                config.weight_sync.canary,
+                self.prompts,
+                policy=self.policy,
+                engine=self.engine,
+                engines=self.engines,
+                batching=self.batching,
+                temperature=rollout.temperature,
+                max_sequence_length=config.model.max_sequence_length,
+                seed=config.seed,
+                fp8=config.precision.fp8 is not None,
+            ),
+        )
         self.sampling = sampling_params(rollout, parts.stop_token_ids())
         self.long_tail = LongTail(
             rollout.long_tail, self.sampler, self.prompts, self.engines.num_replicas
@@ -212,8 +229,7 @@ class GDPOTrainer:
         """Take one step; returns its metrics, and those that a person watches."""
         before = self.sampler.state_dict(), self.long_tail.carried
         with self._phase("weight_sync"):
-            self.engine.wake()
-            sync = sync_weights(self.policy, self.engine, self.policy_version)
+            sync = self._sync()
         rollout_began = time.perf_counter()
         with self._phase("rollout"):
             try:
@@ -232,7 +248,7 @@ class GDPOTrainer:
         with self._phase("advantage"):
             advantages = self._advantages(batch, kept, values)
         values |= {"run/policy_version": sync.policy_version, "run/epoch": self.sampler.epoch}
-        values["weight_sync/num_bytes"] = sync.num_bytes
+        values |= sync.metrics()
         self._log_rollouts(batch, advantages)
         try:
             values |= self._update(prompts, batch, advantages)
@@ -244,6 +260,18 @@ class GDPOTrainer:
         summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
         summary["tokens/s"] = values["rollout/tokens_per_second"]
         return values, summary
+
+    def _sync(self) -> SyncReport:
+        """Give the engine the policy's weights, and prove it."""
+        self.engine.wake()
+        try:
+            return self.weight_sync.run(self.policy_version)
+        except SyncFault as error:
+            if error.weights_are_finite:
+                raise self._saved(error) from None
+            steps = self.checkpoints.steps()
+            last = f"the last one is of step {steps[-1]}" if steps else "there is none"
+            raise InputError([*error.problems, f"no checkpoint is made of them; {last}"]) from None
 
     def _collect(self) -> tuple[list[Prompt], RolloutBatch, list[int]]:
         """Sample the step's rollouts, in several rounds where groups are filtered.
@@ -426,8 +454,7 @@ class GDPOTrainer:
     def _evaluate(self) -> EvalResult:
         assert self.evaluator is not None
         with self._phase("eval"):
-            self.engine.wake()
-            sync_weights(self.policy, self.engine, self.policy_version)
+            self._sync()
             result = self.evaluator.run(self.display.progress)
             self.engine.sleep()
         return result

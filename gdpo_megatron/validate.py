@@ -352,6 +352,12 @@ def _run(config: RLConfig, job: str) -> list[str]:
             f"train.num_minibatches_per_step {train.num_minibatches_per_step} is more than "
             f"rollout.num_prompts_per_step {rollout.num_prompts_per_step}; each needs a prompt"
         )
+    num_tokens = config.weight_sync.canary.num_tokens
+    if config.weight_sync.canary.interval and num_tokens >= config.model.max_sequence_length:
+        problems.append(
+            f"weight_sync.canary.num_tokens {num_tokens} leaves no room for a prompt in "
+            f"model.max_sequence_length {config.model.max_sequence_length}"
+        )
     problems += logprob_problems(
         config.loss,
         temperature=rollout.temperature,

@@ -27,6 +27,7 @@ from gdpo_megatron.config.section import (
     section,
 )
 from gdpo_megatron.config.vllm import VllmConfig
+from gdpo_megatron.config.weight_sync import WeightSyncConfig
 
 
 @section
@@ -377,6 +378,7 @@ class RLConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: RLMemoryConfig = field(default_factory=RLMemoryConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     reward_suite: RewardSuiteConfig = field(default_factory=RewardSuiteConfig)
     sandbox: SandboxConfig = field(default_factory=SandboxConfig)
     dynamic_sampling: DynamicSamplingConfig = field(default_factory=DynamicSamplingConfig)

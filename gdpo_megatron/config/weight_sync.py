@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import field
 
+from pydantic import model_validator
+
 from gdpo_megatron.config.section import NonNegativeInt, PositiveFloat, PositiveInt, section
 
 
@@ -26,6 +28,16 @@ class CanaryConfig:
 
     mean_logprob_diff: PositiveFloat | None = None
     """Largest mean of these differences over all tokens; null as above."""
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> CanaryConfig:
+        largest, mean = self.max_logprob_diff, self.mean_logprob_diff
+        if largest is not None and mean is not None and mean > largest:
+            raise ValueError(
+                f"mean_logprob_diff {mean:g} is above max_logprob_diff {largest:g}, and a mean is "
+                "never above the largest; lower it, or leave it out"
+            )
+        return self
 
 
 @section

@@ -220,6 +220,33 @@ METRICS: tuple[Metric, ...] = (
         "Weights given to the engines in a sync, each tensor counted once and whole.",
     ),
     Metric(
+        "weight_sync/num_checksums", "tensors", "last",
+        "Tensors whose checksum at the engine was compared with the policy's. This and the next "
+        "only in steps where weight_sync.checksum_interval says so.",
+    ),
+    Metric(
+        "weight_sync/num_resident", "tensors", "last",
+        "Tensors that the engine gave back after the sync, compared likewise; 0 where it cannot.",
+    ),
+    Metric(
+        "weight_sync/canary_max_logprob_diff", "nats", "last",
+        "Largest difference between engine and policy of a token's log-prob, over the canary's "
+        "tokens. This and the next two only in steps where weight_sync.canary.interval says so.",
+    ),
+    Metric(
+        "weight_sync/canary_mean_logprob_diff", "nats", "last",
+        "Mean of the absolute differences of the same tokens.",
+    ),
+    Metric(
+        "weight_sync/canary_num_tokens", "tokens", "last",
+        "Tokens that the canary compared, over all engines.",
+    ),
+    Metric(
+        "weight_sync/{check}_seconds", "s", "sum",
+        "Wall clock of a check on rank 0, within time/weight_sync_seconds: checksum (the policy's; "
+        "the engine's side is part of the sync), resident, canary.",
+    ),
+    Metric(
         "memory/{kind}_bytes", "bytes", "last",
         "Peak memory of rank 0 since it started: host_peak on CPU, device_peak on GPU.",
     ),

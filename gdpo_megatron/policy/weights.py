@@ -118,6 +118,7 @@ class ShardedWeights:
     @torch.no_grad()
     def own_shards(self) -> Iterator[tuple[Row, Tensor]]:
         """What this rank holds of every Hugging Face tensor, adapters merged, in layer order."""
+        self._finish_param_gather()
         for row, parameter in self.stage_rows:
             if not row.import_only:
                 yield row, self._merged(row, parameter)
@@ -133,6 +134,7 @@ class ShardedWeights:
         Args:
             bucket_bytes: of whole tensors that are under way at a time.
         """
+        self._finish_param_gather()
         own = {row.hf: parameter for row, parameter in self.stage_rows if not row.import_only}
         rows = [row for row in mapping_rows(self.arch) if not row.import_only]
         streamed = (
@@ -170,6 +172,9 @@ class ShardedWeights:
         streamed = self._streamed(row, layout, held, tuple(shapes))
         (tensors,) = self._stream.whole([streamed], BUCKET_BYTES)
         return tensors
+
+    def _finish_param_gather(self) -> None:
+        """Wait for parameters that are still on their way here; a frozen model has none."""
 
     def _merged(self, row: Row, parameter: Tensor) -> Tensor:
         """This rank's part of a row as it takes effect."""

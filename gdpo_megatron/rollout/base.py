@@ -13,10 +13,10 @@ ranks of one engine make the same calls with the same arguments in the same orde
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -134,6 +134,19 @@ class RolloutEngine(Protocol):
 
     def wake(self) -> None:
         """Take the memory for weights again; a second call does nothing."""
+        ...
+
+
+@runtime_checkable
+class ReadableEngine(Protocol):
+    """What an engine may have besides: it gives back the weights that it holds, for a check."""
+
+    def resident_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(Hugging Face name, whole tensor) of what is held as it came: not packed, not quantised.
+
+        Called with weights loaded; all ranks of the engine draw all of it. A tensor is not used
+        after the next is drawn.
+        """
         ...
 
 

@@ -1,5 +1,7 @@
-"""Publishing the policy's weights to the rollout engine."""
+"""Publishing the policy's weights to the rollout engine, and proving that they arrived."""
 
-from gdpo_megatron.weight_sync.colocated import SyncReport, sync_weights
+from gdpo_megatron.weight_sync.canary import Canary
+from gdpo_megatron.weight_sync.colocated import SyncReport, WeightSync
+from gdpo_megatron.weight_sync.proof import SyncFault
 
-__all__ = ["SyncReport", "sync_weights"]
+__all__ = ["Canary", "SyncFault", "SyncReport", "WeightSync"]

@@ -21,6 +21,7 @@ from support.engines import greedy, request  # isort: skip
 from gdpo_megatron.checkpoint import CheckpointManager
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.schema import PrecisionConfig
+from gdpo_megatron.config.weight_sync import WeightSyncConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.conversion.hf_writer import write_hf_folder
@@ -36,7 +37,7 @@ from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.rollout.base import generate
 from gdpo_megatron.rollout.native import NativeEngine
 from gdpo_megatron.sft import CrossEntropy
-from gdpo_megatron.weight_sync import sync_weights
+from gdpo_megatron.weight_sync import WeightSync
 
 SEED = 11
 
@@ -157,7 +158,7 @@ def _engine_and_policy(run: Run) -> tuple[list[list[float]], list[list[float]]]:
         max_sequence_length=MAX_LENGTH,
         max_concurrent_sequences=8,
     )
-    sync_weights(run.policy, engine, 1)
+    WeightSync(WeightSyncConfig(), run.policy, engine).run(1)
     prompts = [prompt.token_ids for prompt in run.rollouts.prompts]
     requests = [request(i, prompt) for i, prompt in enumerate(prompts)]
     done = generate(engine, requests, greedy(12, temperature=1.0))

@@ -8,7 +8,7 @@ when enough rows are free; equal prompts that enter together are prefilled once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -141,6 +141,11 @@ class NativeEngine:
         self._decoder.drop_cache()
         self._decoder.weights.load(tensors)
         self.policy_version = version
+
+    def resident_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights as they are; see ReadableEngine."""
+        assert self._decoder is not None
+        yield from self._decoder.weights.whole_tensors(self._mesh.tp_group)
 
     def sleep(self) -> None:
         """Free weights and cache."""

@@ -12,11 +12,13 @@ heads, g key/value heads of size d, f MLP columns, all per rank; E experts):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.mapping import Row, hf_shapes, mapping_rows
@@ -162,3 +164,22 @@ class NativeWeights:
         missing = sorted(shapes.keys() - seen)
         if missing:
             raise RuntimeError(f"weight sync: {len(missing)} tensors missing: {missing[:5]}")
+
+    @torch.no_grad()
+    def whole_tensors(self, group: ProcessGroup | None) -> Iterator[tuple[str, Tensor]]:
+        """What `load` was given, put together again; collective over `group`, the engine's ranks.
+
+        Of a norm that every head has a copy of, it is the first copy that differs from head 0's.
+        """
+        for name, shape in hf_shapes(self.arch).items():
+            view, dim = self._targets[name]
+            if dim is None:
+                if view.ndim > len(shape):
+                    view = view[int((view != view[0]).any(1).int().argmax())]
+                yield name, view
+                continue
+            if group is not None:
+                parts = [torch.empty_like(view) for _ in range(group.size())]
+                dist.all_gather(parts, view.contiguous(), group=group)
+                view = torch.cat(parts, dim)
+            yield name, view.narrow(dim, 0, shape[dim])  # without the vocabulary's padding

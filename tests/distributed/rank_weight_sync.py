@@ -1,0 +1,205 @@
+"""Weight syncs that are right and spoilt ones, on this rank; see test_weight_sync.py."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rank_layouts import in_layout, platform  # prepares Megatron  # isort: skip
+
+import torch
+from support.sabotage import SABOTAGES, Sabotage
+
+import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
+from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig, TrainConfig
+from gdpo_megatron.config.vllm import VllmConfig
+from gdpo_megatron.config.weight_sync import CanaryConfig, WeightSyncConfig
+from gdpo_megatron.conversion.families import load_architecture
+from gdpo_megatron.conversion.hf_io import HFCheckpoint
+from gdpo_megatron.data.tokenizer import load_tokenizer
+from gdpo_megatron.distributed import mesh as meshes
+from gdpo_megatron.policy import weight_stream
+from gdpo_megatron.policy.megatron_policy import MegatronPolicy
+from gdpo_megatron.rollout.base import EngineSetup, engines
+from gdpo_megatron.types import Prompt
+from gdpo_megatron.weight_sync import Canary, SyncFault, WeightSync
+
+MAX_LENGTH = 64
+CHECKS = {"all": 1, "no checksums": 0}
+
+
+def run(
+    folder: str, engine: str, layouts: dict[str, dict[str, Any]], dtypes: list[str]
+) -> dict[str, Any]:
+    """All sabotages in all layouts, with and without checksums.
+
+    Args:
+        folder: of the model, with a tokenizer.
+        engine: a registered rollout engine, one rank each.
+        layouts: arguments of `in_layout`, by name.
+        dtypes: of the policy, by which the syncs that are right are repeated.
+    """
+    results: dict[str, Any] = {}
+    for name, layout in layouts.items():
+        with in_layout(**layout) as kwargs:
+            for dtype in dtypes:
+                job = Job(Path(folder), engine, kwargs, dtype)
+                results[f"{name} {dtype}"] = job.right()
+                if dtype == dtypes[0]:
+                    for case, sabotage in SABOTAGES.items():
+                        if sabotage.layouts is None or name in sabotage.layouts:
+                            results[f"{name} {case}"] = job.spoilt(sabotage)
+    return results
+
+
+class Job:
+    """A policy and an engine that stay, with a sync made anew for each case."""
+
+    def __init__(self, folder: Path, engine: str, layout: dict[str, Any], dtype: str):
+        arch, draw = load_architecture(folder), random.Random(3)
+        reader = HFCheckpoint(folder, arch)
+        self.train = TrainConfig(micro_batch_size=2)
+        self.policy = MegatronPolicy(
+            arch,
+            optimizer=OptimizerConfig(),
+            total_updates=1,
+            make_reader=lambda: reader,
+            precision=PrecisionConfig(params_dtype=dtype),  # pyright: ignore
+            max_sequence_length=MAX_LENGTH,
+            **layout,
+        )
+        self.start = [parameter.detach().clone() for _, parameter in self.policy.stage_rows]
+        self.mesh = meshes.engine_mesh(layout["mesh"], 1)
+        self.engine = engines.get(engine)(
+            EngineSetup(
+                arch=arch,
+                tokenizer=load_tokenizer(folder),
+                model_files=folder,
+                mesh=self.mesh,
+                platform=platform,
+                dtype=getattr(torch, dtype),
+                max_sequence_length=MAX_LENGTH,
+                max_concurrent_sequences=8,
+                seed=1,
+                vllm=VllmConfig(),
+            )
+        )
+        self.prompts = [
+            Prompt(
+                prompt_id=f"row {i}",
+                token_ids=tuple(draw.randrange(3, arch.vocab_size) for _ in range(n)),
+                text="",
+            )
+            for i, n in enumerate((5, 1, 12, 80))  # the last one is cut
+        ]
+
+    def sync(self, engine: Any, interval: int = 1) -> WeightSync:
+        config = WeightSyncConfig(
+            bucket_mb=1,
+            checksum_interval=interval,
+            canary=CanaryConfig(interval=1, num_prompts=3, num_tokens=6),
+        )
+        canary = Canary(
+            config.canary,
+            self.prompts,
+            policy=self.policy,
+            engine=engine,
+            engines=self.mesh,
+            batching=self.policy.micro_batching(self.train),
+            temperature=0.8,
+            max_sequence_length=MAX_LENGTH,
+            seed=5,
+        )
+        return WeightSync(config, self.policy, engine, canary)
+
+    @torch.no_grad()
+    def change(self) -> None:
+        """As an update would: all weights, the same on all ranks."""
+        for _, parameter in self.policy.stage_rows:
+            parameter.mul_(1.05)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for (_, parameter), value in zip(self.policy.stage_rows, self.start, strict=True):
+            parameter.copy_(value)
+
+    def right(self) -> list[dict[str, float]]:
+        """Two syncs of different weights; in small buckets, so that there are several."""
+        self.engine.wake()
+        sync = self.sync(self.engine)
+        reports = [sync.run(1)]
+        self.change()
+        reports.append(sync.run(2))
+        self.restore()
+        return [report.metrics() for report in reports]
+
+    def spoilt(self, sabotage: Sabotage) -> dict[str, Any]:
+        """What sees it, and what is said, with all checks and without checksums."""
+        found: dict[str, Any] = {}
+        for checks, interval in CHECKS.items():
+            engine = sabotage.engine(self.engine) if sabotage.seen_by == "canary" else self.engine
+            self.engine.wake()
+            self.sync(engine, interval).run(1)
+            self.change()
+            if engine is self.engine:
+                engine = sabotage.engine(self.engine)
+            try:
+                with sabotage.policy(self.policy):
+                    self.sync(engine, interval).run(2)
+                found[checks] = {"checks": [], "lines": []}
+            except SyncFault as fault:
+                found[checks] = {"checks": sorted(fault.checks), "lines": fault.problems}
+            self.engine.sleep()
+            self.restore()
+        return found
+
+
+def buckets(folder: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Collectives and equality of the stream, by layout and bucket size."""
+    results: dict[str, Any] = {}
+    arch = load_architecture(Path(folder))
+    reader = HFCheckpoint(Path(folder), arch)
+    for name, layout in layouts.items():
+        with in_layout(**layout) as kwargs:
+            policy = MegatronPolicy(
+                arch,
+                optimizer=OptimizerConfig(),
+                total_updates=1,
+                make_reader=lambda: reader,
+                precision=PrecisionConfig(),
+                max_sequence_length=MAX_LENGTH,
+                **kwargs,
+            )
+            for size in (1, 40_000, 2**30):
+                calls = {"all_gather_into_tensor": 0, "broadcast": 0}
+                counted = _counting(calls)
+                with counted:
+                    kept = list(policy.hf_tensors(size))
+                results[f"{name} {size}"] = {
+                    **calls,
+                    "wrong": [n for n, x in kept if not torch.equal(x, reader.get(n))],
+                    "names": [n for n, _ in kept],
+                }
+    return results
+
+
+def _counting(calls: dict[str, int]) -> Any:
+    from unittest import mock
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            function = getattr(torch.distributed, name)
+            if name not in calls:
+                return function
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls[name] += 1
+                return function(*args, **kwargs)
+
+            return call
+
+    return mock.patch.object(weight_stream, "dist", Counted())
