@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,9 +29,11 @@ REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), REPO / ".ci/run"])
 SHELLCHECK_OPTIONS = ("-a", "-x", "-P", "SCRIPTDIR")  # what a script sources is checked with it
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# What the scripts may use besides what they install.
 TOOLS = (
-    "awk bash cat cp cut dirname env find flock grep id mkdir rm sed sleep tail touch".split()
-)  # what the scripts may use besides what they install
+    *("awk", "bash", "cat", "cp", "cut", "dirname", "env", "find", "flock", "grep", "id", "mkdir"),
+    *("mktemp", "rm", "sed", "sleep", "tail", "touch"),
+)
 
 # An interpreter that behaves as the STUB_* variables say. Its `-m venv` copies itself, its pip
 # remembers which build of torch it was asked for, everything else is done by the real interpreter.
@@ -65,9 +68,14 @@ case "$1" in
         cp "$0" "$1/bin/python" && cp "$0" "$1/bin/pip"
         exit ;;
       pytest)
+        case "$*" in *"${STUB_PYTEST_HANGS:-nothing hangs}"*)
+          touch "$STUB_STATE/hanging $$"
+          sleep 600 ;;
+        esac
         printf 'stdin: %s\n' "$(cat)"
-        printf 'pytest'; printf ' <%s>' "$@"; printf '\n1 passed\n'
-        exit "${STUB_PYTEST_STATUS:-0}" ;;
+        printf '%s pytest' "${0#"$GDPO_VENV"}"; printf ' <%s>' "$@"; printf '\n1 passed\n'
+        case "$*" in *"${STUB_PYTEST_FAILS:-}"*) exit "${STUB_PYTEST_STATUS:-0}" ;; esac
+        exit ;;
       pip)
         while [[ "$1" == --* && "$1" != --version ]]; do shift; done
         case "$*" in
@@ -773,6 +781,22 @@ def ready_checkout(checkout: Checkout) -> Checkout:
     return checkout
 
 
+def pytest_calls(result: subprocess.CompletedProcess[str]) -> list[str]:
+    """How pytest was called: `/bin/python <argument> ...`, or `-vllm/bin/python ...`."""
+    return [
+        line.replace(" pytest <-m>", "")
+        for line in result.stdout.splitlines()
+        if " pytest <-m>" in line
+    ]
+
+
+def headings(result: subprocess.CompletedProcess[str]) -> list[str]:
+    return re.findall(r"^=== \[ +\d+ s\] (.*) ===$", result.stdout, re.MULTILINE)
+
+
+DEFAULT = "not full and not gpu and not vllm"
+
+
 @pytest.mark.parametrize("script", ["scripts/test.sh", ".ci/run"])
 def test_all_sections_run_and_pytest_has_the_last_word(
     ready_checkout: Checkout, script: str
@@ -787,52 +811,113 @@ def test_all_sections_run_and_pytest_has_the_last_word(
     ]
     shell = next(c for c in ready_checkout.calls if c.startswith("shellcheck"))
     assert all(script.name in shell for script in SCRIPTS)
-    headings = re.findall(r"^=== \[ +\d+ s\] (.*) ===$", result.stdout, re.MULTILINE)
-    assert headings == [
+    assert headings(result) == [
         "set-up",
         "ruff check",
         "ruff format",
-        "pyright",
         "shellcheck",
-        "pytest, not full and not gpu",
+        f"pytest with ranks, {DEFAULT}",
+        "pyright",
+        f"pytest without ranks, {DEFAULT}",
         "set-up, Megatron-Core 0.19",
-        "pytest on Megatron-Core 0.19, not full and not gpu",
+        f"pytest on Megatron-Core 0.19, {DEFAULT}",
+        "set-up, vLLM",
+        "pytest with vLLM, vllm and not full and not gpu",
     ]
-    lines = result.stdout.splitlines()
-    assert "pytest <-m> <not full and not gpu>" in lines
-    assert lines[-2].startswith("pytest <-m> <not full and not gpu> <tests/")
-    assert "<tests/distributed/test_versions.py>" in lines[-2] and lines[-1] == "1 passed"
+    ranks, rest, second, vllm = pytest_calls(result)
+    assert ranks == f"/bin/python <{DEFAULT}> <tests/distributed> <tests/e2e>"
+    assert rest == (
+        f"/bin/python <{DEFAULT}> <tests> <--ignore=tests/distributed> <--ignore=tests/e2e>"
+    )
+    assert second.startswith(f"-megatron-0.19/bin/python <{DEFAULT}> <tests/")
+    assert "<tests/distributed/test_versions.py>" in second
+    assert vllm == "-vllm/bin/python <vllm and not full and not gpu>"
+    assert result.stdout.splitlines()[-1] == "1 passed"
 
 
-def test_second_megatron_alone(ready_checkout: Checkout) -> None:
-    result = ready_checkout.run("scripts/test.sh", "--megatron-0.19", "--full", "-k", "a b")
+def test_folders_that_start_ranks_are_there() -> None:
+    """Else they would be in neither of the two parts."""
+    [line] = re.findall(r"^rank_tests=\((.*)\)$", (REPO / "scripts/test.sh").read_text(), re.M)
+    assert all((REPO / folder).is_dir() for folder in line.split())
+
+
+@pytest.mark.parametrize(
+    ("option", "call"),
+    [
+        ("--megatron-0.19", "-megatron-0.19/bin/python <not gpu and not vllm> <-k> <a b>"),
+        ("--vllm", "-vllm/bin/python <vllm and not gpu> <-k> <a b>"),
+    ],
+)
+def test_second_environment_alone(ready_checkout: Checkout, option: str, call: str) -> None:
+    result = ready_checkout.run("scripts/test.sh", option, "--full", "-k", "a b")
     assert_done(result)
-    assert result.stdout.count("pytest <") == 1 and "ruff" not in result.stdout
-    assert "pytest <-m> <not gpu> <-k> <a b>\n" in result.stdout
+    assert pytest_calls(result) == [call] and "ruff" not in result.stdout
 
 
-def test_second_megatron_that_cannot_be_set_up_is_a_failure(ready_checkout: Checkout) -> None:
-    result = ready_checkout.run("scripts/test.sh", STUB_FAIL="megatron", STUB_ERROR="ERROR: no")
-    assert result.returncode == 1 and result.stdout.count("1 passed") == 1
-    assert result.stderr.splitlines()[-1].startswith("test: set-up, Megatron-Core 0.19 failed")
+def test_both_second_environments(ready_checkout: Checkout) -> None:
+    result = ready_checkout.run("scripts/test.sh", "--vllm", "--megatron-0.19")
+    assert_done(result)
+    assert [call.split("/")[0] for call in pytest_calls(result)] == ["-megatron-0.19", "-vllm"]
+
+
+@pytest.mark.parametrize(
+    ("step", "title", "passed"),
+    [("megatron", "Megatron-Core 0.19", 2), ("vllm", "vLLM", 3)],
+)
+def test_second_environment_that_cannot_be_set_up_is_a_failure(
+    ready_checkout: Checkout, step: str, title: str, passed: int
+) -> None:
+    result = ready_checkout.run("scripts/test.sh", STUB_FAIL=step, STUB_ERROR="ERROR: no")
+    assert result.returncode == 1 and result.stdout.count("1 passed") == passed
+    assert result.stderr.splitlines()[-1].startswith(f"test: set-up, {title} failed")
 
 
 def test_full_and_other_arguments(ready_checkout: Checkout) -> None:
     result = ready_checkout.run("scripts/test.sh", "-k", "a b", "--full", "tests/unit")
     assert_done(result)
-    assert "pytest <-m> <not gpu> <-k> <a b> <tests/unit>\n" in result.stdout
-    assert result.stdout.count("pytest <") == 1, "arguments are for one Megatron-Core"
+    assert pytest_calls(result) == ["/bin/python <not gpu and not vllm> <-k> <a b> <tests/unit>"]
 
 
-def test_status_of_pytest_is_the_status(ready_checkout: Checkout) -> None:
-    assert ready_checkout.run("scripts/test.sh", STUB_PYTEST_STATUS="5").returncode == 5
+@pytest.mark.parametrize(
+    "fails", ["tests/distributed tests/e2e", "--ignore", "tests/unit/platform", "vllm and"]
+)
+def test_status_of_pytest_is_the_status(ready_checkout: Checkout, fails: str) -> None:
+    """Of each of the two that run side by side; the other one comes to its end and is shown."""
+    result = ready_checkout.run("scripts/test.sh", STUB_PYTEST_FAILS=fails, STUB_PYTEST_STATUS="5")
+    assert result.returncode == 5
+    assert "failed with status 5" in result.stderr.splitlines()[-1]
+    assert f"/bin/python <{DEFAULT}> <tests/distributed>" in pytest_calls(result)[0]
+    assert "--ignore" in pytest_calls(result)[1]
+
+
+@pytest.mark.parametrize("hangs", ["tests/distributed", "--ignore"])
+def test_nothing_runs_on_after_a_signal(
+    ready_checkout: Checkout, tmp_path: Path, hangs: str
+) -> None:
+    command = [str(ready_checkout.repo / "scripts/test.sh")]
+    env = ready_checkout.env | {"STUB_PYTEST_HANGS": hangs, "TMPDIR": str(tmp_path)}
+    script = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not (hanging := list(tmp_path.glob("hanging *"))):
+            assert script.poll() is None and time.monotonic() < end
+            time.sleep(0.05)
+        script.terminate()
+        assert script.wait(120) == 143
+    finally:
+        script.kill()
+    pid = int(hanging[0].name.split()[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert not list(tmp_path.glob("tmp.*")), "the hidden output is left behind"
 
 
 @pytest.mark.parametrize("tool", ["ruff", "pyright", "shellcheck"])
 def test_failing_linter_stops_with_one_line(ready_checkout: Checkout, tool: str) -> None:
     result = ready_checkout.run("scripts/test.sh", STUB_FAIL=tool)
     assert_one_line(result, 1, f"test: {tool}", "failed with status 1")
-    assert "pytest" not in result.stdout
+    # pyright runs beside the tests with ranks.
+    assert len(pytest_calls(result)) == (tool == "pyright")
 
 
 def test_absent_shellcheck_is_skipped_with_the_reason(ready_checkout: Checkout) -> None:
@@ -862,7 +947,9 @@ def test_relative_environment_is_the_same_for_all_sections(checkout: Checkout) -
         checkout.stub_venv_tool(tool)
     checkout.forget_calls()
     assert_done(checkout.run("scripts/test.sh"))
-    assert checkout.pip_calls() == second_pip_calls(checkout, "megatron-0.19")
+    assert checkout.pip_calls() == [
+        call for mode in SECONDS for call in second_pip_calls(checkout, mode)
+    ]
 
 
 # ---- run_node.sh --------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ def humaneval() -> list[Problem]:
 
 @pytest.fixture(scope="module")
 def two_workers() -> Iterator[None]:
-    configure(SandboxConfig(), num_workers=2)
+    # Some of the programs compute for seconds; on a busy machine their clock runs out first.
+    configure(SandboxConfig(cpu_seconds=60, wall_seconds=600.0), num_workers=2)
     yield
     close_shared()
     configure(SandboxConfig())

@@ -52,7 +52,8 @@ GUEST_HOLES = {
     "no memory limit": (
         "_limit(resource.RLIMIT_AS, address_space)",
         "pass",
-        "the memory limit does not hold: ok",
+        # The program comes to its end, or on a busy machine to that of its CPU time.
+        "the memory limit does not hold: ",
     ),
     "an environment that leaks": (
         "random.seed(0)",
