@@ -55,7 +55,14 @@ def run_ranks(
         *(python, "-m", "torch.distributed.run", "--standalone"),
         *(f"--nproc-per-node={world_size}", __file__, task, str(folder), str(timeout)),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Of tests/, for what is in support/.
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
     with output.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
         try:
