@@ -70,6 +70,7 @@ class StallWatch:
     def __enter__(self) -> StallWatch:
         if self._limit is not None:
             self._previous = signal.signal(signal.SIGALRM, self._interrupt)
+            self._arm(self._limit)
             self._thread.start()
         return self
 
@@ -106,23 +107,28 @@ class StallWatch:
         limit = self._limit
         assert limit is not None
         tick = min(1.0, limit.seconds / 8)
-        # Later than all that this thread would do itself.
-        last_resort = limit.seconds + 2 * limit.grace_seconds + 10
-        seen, since, stalled = None, time.monotonic(), False
+        seen, still, stalled, last = None, 0.0, False, time.monotonic()
         try:
             while not self._done.wait(tick):
-                faulthandler.dump_traceback_later(last_resort, exit=True, file=_STDERR)
+                self._arm(limit)
                 now, progress = time.monotonic(), (self._calls, self._engine.num_generated_tokens)
+                # A machine that sleeps, or a process that is stopped, is no engine that hangs.
+                still, last = still + min(now - last, 2 * tick), now
                 if not self._in_call or progress != seen:
-                    seen, since, stalled = progress, now, False
-                elif stalled and now - since > limit.seconds + limit.grace_seconds:
+                    seen, still, stalled = progress, 0.0, False
+                elif stalled and still > limit.seconds + limit.grace_seconds:
                     self._end(limit)
-                elif not stalled and now - since > limit.seconds:
+                elif not stalled and still > limit.seconds:
                     stalled = True
                     faulthandler.dump_traceback(file=_STDERR)
                     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self, limit: StallLimit) -> None:
+        """Set the timer of last resort, later than all that this thread would do itself."""
+        seconds = limit.seconds + 2 * limit.grace_seconds + 1
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
     def _end(self, limit: StallLimit) -> None:
         path = limit.folder / f"stalled_rank_{self._rank:05d}.txt"

@@ -8,7 +8,7 @@ engine generates (tests/unit/rollout) and engines over several ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,7 @@ from gdpo_megatron.rollout.base import (
     SamplingParams,
     generate,
 )
+from gdpo_megatron.types import Completion
 
 MAX_LENGTH, MAX_TOKENS = 24, 8
 PROMPTS = [(5, 6, 7), (40, 41), (200,), (9, 8, 7, 6, 5), (77, 78)]
@@ -347,6 +348,63 @@ def test_an_abort_of_what_is_finished_changes_nothing(case: Case):
     engine.abort([3])
     engine.abort([3])
     assert sorted(drain(engine)) == list(range(len(PROMPTS)))
+
+
+def test_a_carried_completion_goes_on_where_it_was_broken_off(case: Case):
+    engine = case.load()
+    engine.submit(requests(), case.sampling)
+    whole = drain(engine)
+    before = engine.num_generated_tokens
+    asked: list[RolloutRequest] = []
+    for it, i in zip(requests(), sorted(whole), strict=True):
+        completion = whole[i].completion
+        n = min(i % 3, len(completion.token_ids) - 1)
+        carried = Completion(
+            token_ids=completion.token_ids[:n],
+            # They are returned as they were given, whatever these weights say of them.
+            logprobs=tuple(-7.0 - j for j in range(n)),
+            text="",
+            finish_reason="abort",
+        )
+        asked.append(replace(it, carried=carried))
+    case.load(4)
+    engine.submit(asked, case.sampling)
+    for i, it in drain(engine).items():
+        completion, expected, n = it.completion, whole[i].completion, asked[i].num_carried
+        assert completion.token_ids == expected.token_ids
+        assert completion.logprobs[:n] == asked[i].carried.logprobs
+        assert completion.logprobs[n:] == pytest.approx(expected.logprobs[n:], abs=1e-5)
+        assert (completion.text, completion.finish_reason) == (
+            expected.text,
+            expected.finish_reason,
+        )
+        assert it.policy_version == 4
+    made = sum(len(it.completion.token_ids) for it in whole.values())
+    assert engine.num_generated_tokens == before + made - sum(r.num_carried for r in asked)
+
+
+def test_what_is_aborted_again_keeps_what_was_carried(case: Case):
+    engine = case.load()
+    carried = Completion(token_ids=(4, 5), logprobs=(-1.0, -2.0), text="", finish_reason="abort")
+    engine.submit([replace(it, carried=carried) for it in requests()], case.sampling)
+    engine.abort(range(len(PROMPTS)))
+    for it in drain(engine).values():
+        assert it.completion.token_ids[:2] == (4, 5)
+        assert it.completion.logprobs[:2] == (-1.0, -2.0)
+        assert it.completion.finish_reason == "abort"
+
+
+def test_a_carried_completion_that_leaves_no_room_is_refused(case: Case):
+    engine = case.load()
+    carried = Completion(
+        token_ids=(4,) * MAX_TOKENS,
+        logprobs=(-1.0,) * MAX_TOKENS,
+        text="",
+        finish_reason="abort",
+    )
+    with pytest.raises(ValueError):
+        engine.submit([*requests(), replace(request(9, (5, 6)), carried=carried)], case.sampling)
+    assert engine.num_unfinished == 0
 
 
 # ---- generate ------------------------------------------------------------------------------------

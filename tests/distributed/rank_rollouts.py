@@ -18,6 +18,8 @@ from gdpo_megatron.config.schema import RewardConfig
 from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.platform import detect_platform
 from gdpo_megatron.rewards.suite import RewardSuite
+from gdpo_megatron.rollout.base import FinishedCompletion
+from gdpo_megatron.rollout.failure import EngineFailure
 from gdpo_megatron.rollout.runner import run_rollouts
 from gdpo_megatron.types import Prompt
 
@@ -58,7 +60,40 @@ def two_engines_and_one_over_two(
         "tp2": [complete(Path(f), prompts, over_two, **o) for f in folders for o in options],
         "tp1": [complete(Path(f), prompts, ONE_RANK, **o) for f in folders for o in options],
         "replicas": _replicas(rank),
+        "failure": _failure(rank),
     }
+
+
+def _failure(rank: int) -> list[str]:
+    """What each rank raises when the engine of the second one does."""
+    mesh = EngineMesh(replica=rank, num_replicas=2, tp_rank=0, tp_size=1, tp_group=None)
+    prompts = [Prompt(prompt_id=str(i), token_ids=(i + 1,), text="") for i in range(3)]
+    engine = ScriptedEngine({(i + 1,): (5, 6) for i in range(3)}, {}, max_sequence_length=16)
+    engine.load_weights([], 1)
+    if rank == 1:
+
+        def poll() -> list[FinishedCompletion]:
+            raise MemoryError("no room")
+
+        engine.poll = poll
+    rewards = [RewardConfig(name="short", type="length", args={"limit": 2})]
+    with RewardSuite(rewards, group_size=2) as suite:
+        try:
+            run_rollouts(
+                prompts,
+                group_size=2,
+                sampling=greedy(8),
+                engine=engine,
+                engines=mesh,
+                suite=suite,
+                platform=detect_platform(),
+                seed=0,
+                stream="train",
+                step=0,
+            )
+        except EngineFailure as error:
+            return error.problems
+    return []
 
 
 def _replicas(rank: int) -> list[dict[str, Any]]:

@@ -53,6 +53,17 @@ def test_an_engine_over_two_ranks_completes_as_one_over_one(ranks: list[dict[str
 
 
 @pytest.mark.distributed
+def test_all_ranks_hear_of_an_engine_that_fails(ranks: list[dict[str, Any]]):
+    (said,), (other,) = (it["failure"] for it in ranks)
+    assert said == other
+    assert said == (
+        "rollout engine 1 failed on rank 1 with 2 of 2 completions unfinished: MemoryError: no "
+        "room; out of memory: lower rollout.max_concurrent_sequences or "
+        "rollout.max_completion_tokens, or raise rollout.tensor_parallel_size"
+    )
+
+
+@pytest.mark.distributed
 def test_groups_are_dealt_to_engines_whole_and_gathered_everywhere(ranks: list[dict[str, Any]]):
     uneven, idle = zip(*(rank["replicas"] for rank in ranks), strict=True)
     assert [it["own"] for it in uneven] == [[0, 1, 4, 5], [2, 3]]

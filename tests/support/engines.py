@@ -215,8 +215,9 @@ class ScriptedEngine:
     def _finish(self, request_id: int, reason: FinishReason) -> None:
         running, count = self._running.pop(request_id)
         assert self.policy_version is not None
-        tokens = self._answers[running.prompt_token_ids][:count]
         carried = running.carried.logprobs if running.carried else ()
+        answer = self._answers[running.prompt_token_ids][running.num_carried : count]
+        tokens = (*running.carried.token_ids, *answer) if running.carried else answer
         completion = Completion(
             token_ids=tokens,
             logprobs=carried + (-0.5,) * (count - len(carried)),

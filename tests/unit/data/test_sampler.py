@@ -44,6 +44,30 @@ def test_a_resumed_stream_is_the_same(
     assert drawn == stream
 
 
+@given(
+    num_rows=sizes,
+    batch_size=sizes,
+    returned=st.lists(st.integers(0, 12), min_size=1, max_size=6),
+)
+def test_no_row_is_lost_when_some_are_put_back(
+    num_rows: int, batch_size: int, returned: list[int]
+):
+    sampler, used = PromptSampler(num_rows, batch_size, 3), list[int]()
+    for number in returned:
+        batch = sampler.next_batch()
+        keep = max(0, batch_size - number)
+        used += batch[:keep]
+        sampler.put_back(batch[keep:])
+        resumed = PromptSampler(num_rows, batch_size, 3)
+        resumed.load_state_dict(sampler.state_dict())
+        sampler = resumed
+    whole = PromptSampler(num_rows, 1, 3)
+    # In the order in which they would have come: those put back are the next ones.
+    assert used + sampler.next_batch(batch_size) == [
+        whole.next_batch()[0] for _ in range(len(used) + batch_size)
+    ]
+
+
 def test_file_order_without_shuffle():
     sampler = PromptSampler(3, 2, 0, shuffle=False)
     assert [sampler.next_batch() for _ in range(3)] == [[0, 1], [2, 0], [1, 2]]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from gdpo_megatron.rewards import NOT_APPLICABLE, RewardSample
+from gdpo_megatron.rewards import NOT_APPLICABLE, RewardSample, register_reward
 
 
 def tokens(sample: RewardSample) -> float:
@@ -24,3 +25,8 @@ def raises_for_c(sample: RewardSample) -> float:
 def marks(sample: RewardSample, path: str) -> float:
     Path(path).touch()
     return 1.0
+
+
+@register_reward("runner_sees_whole_groups", batch=True)
+def sees_whole_groups(samples: Sequence[RewardSample]) -> list[float]:
+    return [float(len(samples))] * len(samples)
