@@ -25,6 +25,7 @@ from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.errors import InputError, did_you_mean
+from gdpo_megatron.platform import detect_platform
 from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
@@ -280,6 +281,13 @@ def _experts(
         problems.append(
             f"parallel.sequence_parallel is false: a mixture of experts is trained with "
             f"tensor_model_parallel_size {tp} only under it; set it to true"
+        )
+    if ep > 1 and etp > 1 and not (platform := detect_platform()).gathers_uneven_parts:
+        # Each of the ranks that share an expert comes with the tokens that were sent to it.
+        problems.append(
+            f"{etp_key} is {etp}, but with expert parallelism its ranks exchange unequal numbers "
+            f"of tokens, which {platform.backend} cannot gather on this platform "
+            f"({platform.name}); set it to 1"
         )
     if ep == 1 and etp != tp:
         problems.append(

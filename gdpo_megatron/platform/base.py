@@ -31,6 +31,9 @@ class Platform(Protocol):
     environment: Mapping[str, str]
     """Variables that a worker wants before it starts; what the user has set wins."""
 
+    gathers_uneven_parts: bool
+    """Whether all_gather takes parts of different sizes."""
+
     def setup(self, local_rank: int) -> None:
         """Choose this rank's device. Call once, before anything else of the platform."""
         ...

@@ -35,6 +35,8 @@ class CpuPlatform:
     # More threads than one a rank only fight over the cores.
     environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"}
 
+    gathers_uneven_parts = False
+
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 

@@ -22,6 +22,8 @@ class CudaPlatform:
     # One queue per device: Megatron overlaps communication by the order of its launches.
     environment: Mapping[str, str] = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
+    gathers_uneven_parts = True
+
     def __init__(self) -> None:
         self.device = torch.device("cuda")
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from support.cli_job import Cli, Job, Outcome
 
+from gdpo_megatron.platform.cpu import CpuPlatform
+
 
 def refused(job: Job, run_cli: Cli, *arguments: str) -> list[str]:
     """The lines that a command is refused with; "{here}" stands for the job's folder."""
@@ -227,6 +229,27 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
             "needs a prompt"
         ],
     ),
+    "over-provisioning with a filter": (
+        "--rollout.long_tail.over_provision 0.5 --dynamic_sampling.filter advantage",
+        [
+            "rollout.long_tail.over_provision is 0.5, but dynamic_sampling.filter is advantage, "
+            "which chooses the groups by their rewards and draws more of its own; set one of the "
+            "two to its default"
+        ],
+    ),
+    "less than a completion": (
+        "--rollout.long_tail.max_aborted_fraction 0.05",
+        [
+            "rollout.long_tail.max_aborted_fraction 0.05 of a step's 16 completions is less than "
+            "one; raise it, or set it to 0"
+        ],
+    ),
+    "no such engine file": (
+        "--rollout.engine ./engine.py:factory",
+        [
+            "rollout.engine: rollout engine './engine.py:factory': no file {here}/engine.py",
+        ],
+    ),
     "greedy training": (
         "--rollout.temperature 0",
         [
@@ -333,6 +356,29 @@ def test_adapters_on_experts(
     ]
     targets = ("--model.lora.target_modules", "[linear_qkv]")
     assert run_cli("train", "config.yaml", *targets).code == 0
+
+
+def test_experts_shared_by_ranks_that_have_unequal_numbers_of_tokens(
+    job: Job,
+    run_cli: Cli,
+    model_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (job.folder / "model").unlink()
+    (job.folder / "model").symlink_to(model_folder("qwen3_moe"))
+    shared = ("--nproc", "4", "--parallel.expert_tensor_parallel_size", "2")
+    shared += ("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true")
+    capsys.readouterr()  # transformers shows how it writes the model
+    both = (*shared, "--parallel.expert_model_parallel_size", "2")
+    assert refused(job, run_cli, "train", "config.yaml", *both) == [
+        "parallel.expert_tensor_parallel_size is 2, but with expert parallelism its ranks exchange "
+        "unequal numbers of tokens, which gloo cannot gather on this platform (cpu); set it to 1"
+    ]
+    # Without expert parallelism all of a rank's tokens stay, so the numbers are equal.
+    assert run_cli("train", "config.yaml", *shared).code == 0
+    monkeypatch.setattr(CpuPlatform, "gathers_uneven_parts", True)
+    assert run_cli("train", "config.yaml", *both).code == 0
 
 
 def test_a_run_goes_on_with_the_adapters_it_began_with(job: Job, run_cli: Cli):
