@@ -85,6 +85,9 @@ class GDPOTrainer:
         self.sampler = PromptSampler(
             len(self.prompts), rollout.num_prompts_per_step, config.seed, config.data.shuffle
         )
+        # Before the models: an engine says at once what it cannot run. Asleep, it takes no memory.
+        self.engine, self.engines = parts.engine(rollout, rollout.max_concurrent_sequences)
+        self.engine.sleep()
         self.policy = MegatronPolicy(
             parts.arch,
             optimizer=config.optimizer,
@@ -106,7 +109,6 @@ class GDPOTrainer:
             else:
                 self.reference = parts.frozen_model(config.train.packing)
         self.parity = ParityGate(config.precision.fp8, self.policy, self.reference)
-        self.engine, self.engines = parts.engine(rollout, rollout.max_concurrent_sequences)
         self.weight_sync = WeightSync(
             config.weight_sync,
             self.policy,

@@ -12,7 +12,7 @@ at each sync.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,24 @@ class VllmEngine:
             raise RuntimeError("vLLM did not reset its prefix cache")
         self._core.reset_encoder_cache()
         self.policy_version = version
+
+    def resident_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What vLLM holds under a Hugging Face name as it came: see ReadableEngine.
+
+        Norms and, where an engine is one rank, embeddings; fused, packed and quantised layers are
+        no longer what came.
+        """
+        shapes = hf_shapes(self._setup.arch)
+        (parameters,) = self._llm.apply_model(lambda model: dict(model.named_parameters()))
+        for name, parameter in parameters.items():
+            shape = shapes.get(name)
+            if shape is None or parameter.dtype != self._setup.dtype:
+                continue
+            held = parameter.detach()
+            if held.ndim == 2 and self._setup.mesh.tp_size == 1:
+                held = held[: shape[0]]  # vocabularies are padded
+            if tuple(held.shape) == shape:
+                yield name, held
 
     def sleep(self) -> None:
         """Give weights and cache back; on a CPU, vLLM keeps them."""
@@ -232,6 +250,20 @@ class VllmEngine:
         destroy_model_parallel()
 
 
+def _prepare_cpu(setup: EngineSetup, platform: Any) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if setup.arch.head_dim not in sizes:  # vLLM itself would say so at the first token
+        raise InputError(
+            f"rollout.engine: vllm on a CPU takes heads of size {', '.join(map(str, sizes))}; this "
+            f"model's have size {setup.arch.head_dim}; use native"
+        )
+    if setup.vllm.enforce_eager:
+        # Small functions of the sampler would be compiled all the same, with a C++ compiler.
+        platform.simple_compile_backend = "eager"
+
+
 def _start(setup: EngineSetup) -> Any:
     environment.prepare()
     try:
@@ -246,9 +278,8 @@ def _start(setup: EngineSetup) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
-    if setup.vllm.enforce_eager and current_platform.is_cpu():
-        # Small functions of the sampler would be compiled all the same, with a C++ compiler.
-        current_platform.simple_compile_backend = "eager"
+    if current_platform.is_cpu():
+        _prepare_cpu(setup, current_platform)
     try:
         return LLM(
             model=str(setup.model_files),
