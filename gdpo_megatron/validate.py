@@ -24,6 +24,7 @@ from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
 from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.platform import detect_platform
 from gdpo_megatron.platform.megatron_versions import megatron_version
@@ -31,6 +32,7 @@ from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
 from gdpo_megatron.rollout.long_tail import long_tail_problems
+from gdpo_megatron.rollout.stall import GRACE_SECONDS
 from gdpo_megatron.run_folder import CONFIG_FILE
 from gdpo_megatron.sandbox import (
     NUM_TRIES,
@@ -310,6 +312,13 @@ def _engine(
         engines.get(rollout.engine, base_dir)
     except InputError as error:
         problems += [f"rollout.engine: {problem}" for problem in error.problems]
+    longest = COLLECTIVE_TIMEOUT.total_seconds() - 2 * GRACE_SECONDS
+    if rollout.stall_timeout_seconds > longest:
+        problems.append(
+            f"rollout.stall_timeout_seconds is {rollout.stall_timeout_seconds:g}, but the other "
+            f"ranks wait for an engine for {COLLECTIVE_TIMEOUT.total_seconds():g} s only; take "
+            f"{longest:g} or less"
+        )
     if rollout.vllm is not None and rollout.engine != "vllm":
         problems.append(
             f"rollout.vllm is set, but rollout.engine is {rollout.engine}; remove it, or set "

@@ -25,7 +25,9 @@ from types import FrameType, TracebackType
 from gdpo_megatron.rollout.base import RolloutEngine
 from gdpo_megatron.rollout.failure import EngineStalled
 
-_GRACE_SECONDS = 30.0
+GRACE_SECONDS = 30.0
+"""At most, from the exception to the end of a process that does not take it."""
+
 _EXIT_CODE = 1
 _STDERR = 2  # the file itself, whatever sys.stderr is
 
@@ -47,7 +49,7 @@ class StallLimit:
     @property
     def grace_seconds(self) -> float:
         """Until the process is ended, when the exception is not taken."""
-        return min(_GRACE_SECONDS, self.seconds)
+        return min(GRACE_SECONDS, self.seconds)
 
 
 class StallWatch:

@@ -237,6 +237,13 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
             "two to its default"
         ],
     ),
+    "a stall longer than the others wait": (
+        "--rollout.stall_timeout_seconds 1800",
+        [
+            "rollout.stall_timeout_seconds is 1800, but the other ranks wait for an engine for "
+            "1800 s only; take 1740 or less"
+        ],
+    ),
     "less than a completion": (
         "--rollout.long_tail.max_aborted_fraction 0.05",
         [
