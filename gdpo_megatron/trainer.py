@@ -59,7 +59,13 @@ from gdpo_megatron.update import (
     plan_minibatches,
     rollout_micro_batches,
 )
-from gdpo_megatron.weight_sync import Canary, SyncFault, SyncReport, WeightSync
+from gdpo_megatron.weight_sync import (
+    Canary,
+    SyncFault,
+    SyncReport,
+    WeightSync,
+    tolerance_of,
+)
 
 
 class GDPOTrainer:
@@ -123,7 +129,7 @@ class GDPOTrainer:
                 temperature=rollout.temperature,
                 max_sequence_length=config.model.max_sequence_length,
                 seed=config.seed,
-                fp8=config.precision.fp8 is not None,
+                tolerance=tolerance_of(config.weight_sync.canary, config.precision.params_dtype),
             ),
         )
         self.sampling = sampling_params(rollout, parts.stop_token_ids())

@@ -23,8 +23,8 @@ class CanaryConfig:
     """Tokens of each completion."""
 
     max_logprob_diff: PositiveFloat | None = None
-    """Largest difference of a token's log-prob, in nats; null takes what precision.params_dtype and
-    precision.fp8 make of it (docs/rollout.md)."""
+    """Largest difference of a token's log-prob, in nats; null takes what the engine's number
+    format makes of it (docs/rollout.md)."""
 
     mean_logprob_diff: PositiveFloat | None = None
     """Largest mean of these differences over all tokens; null as above."""

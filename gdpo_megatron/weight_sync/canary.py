@@ -9,7 +9,8 @@ rank, and the two must agree as far as their arithmetic allows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,8 +55,16 @@ TOLERANCES: Mapping[str, Tolerance] = {
     "bfloat16": Tolerance(0.5, 0.05),
     "fp8": Tolerance(1.5, 0.15),
 }
-"""By params_dtype, and where either side multiplies in FP8. Measured: engines on CPU in float32 at
-most 6e-6; in bfloat16 at most 0.06, mean 0.014, on small models; FP8 has not been measured."""
+"""By the engine's number format. Measured: engines on CPU in float32 at most 6e-6; in bfloat16 at
+most 0.06, mean 0.014, on small models; FP8 has not been measured."""
+
+
+def tolerance_of(config: CanaryConfig, number_format: str) -> Tolerance:
+    """What the section says, else what TOLERANCES has for the engine's number format."""
+    usual = TOLERANCES[number_format]
+    return Tolerance(
+        config.max_logprob_diff or usual.largest, config.mean_logprob_diff or usual.mean
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +111,7 @@ class Canary:
         temperature: of the run's rollouts.
         max_sequence_length: prompt and completion together; longer prompts are cut.
         seed: of the sampling noise.
-        fp8: whether either side multiplies in FP8.
+        tolerance: see tolerance_of.
     """
 
     def __init__(
@@ -117,8 +126,9 @@ class Canary:
         temperature: float,
         max_sequence_length: int,
         seed: int,
-        fp8: bool = False,
+        tolerance: Tolerance,
     ):
+        self.tolerance = tolerance
         self._policy, self._engine, self._engines = policy, engine, engines
         self._batching, self._temperature = batching, temperature
         room = max_sequence_length - config.num_tokens
@@ -139,11 +149,6 @@ class Canary:
             )
             for i, (_, token_ids) in enumerate(self._prompts)
         ]
-        dtype = str(policy.config.params_dtype).removeprefix("torch.")
-        usual = TOLERANCES["fp8" if fp8 else dtype]
-        self.tolerance = Tolerance(
-            config.max_logprob_diff or usual.largest, config.mean_logprob_diff or usual.mean
-        )
 
     def run(self) -> CanaryResult:
         """Compare; collective over all ranks. The engine has the policy's weights."""
@@ -173,7 +178,8 @@ class Canary:
         sizes = [len(self._prompts[s % number][1]) + lengths[s] for s in range(num_samples)]
         peers = [sizes[rank :: mesh.dp_size] for rank in range(mesh.dp_size)]
         batches = make_micro_batches(rows, self._batching, peers=peers)
-        policy = self._policy.logprobs(batches, self._temperature)
+        with _in_params_dtype(self._policy):
+            policy = self._policy.logprobs(batches, self._temperature)
         differences = torch.zeros(num_samples, max(lengths), dtype=torch.float64)
         if mesh.is_last_stage and mesh.tp_rank == mesh.cp_rank == 0:
             engine = [tokens[s][1] for s in samples]
@@ -195,6 +201,19 @@ class Canary:
             worst=f"prompt '{self._prompts[prompt][0]}', completion token {position}, "
             f"engine {replica}",
         )
+
+
+@contextmanager
+def _in_params_dtype(policy: MegatronModel) -> Iterator[None]:
+    """Within, the policy multiplies without FP8: the question is what its weights are."""
+    mode = policy.fp8 if policy.fp8 is not None and policy.fp8.active else None
+    if mode is not None:
+        mode.active = False
+    try:
+        yield
+    finally:
+        if mode is not None:
+            mode.active = True
 
 
 def _place(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rank_layouts import in_layout, platform  # prepares Megatron  # isort: skip
 
 import torch
+import torch.distributed as dist
 from support.sabotage import SABOTAGES, Sabotage
 
 import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
@@ -22,18 +26,21 @@ from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.data.tokenizer import load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
-from gdpo_megatron.policy import weight_stream
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.rollout.base import EngineSetup, engines
 from gdpo_megatron.types import Prompt
-from gdpo_megatron.weight_sync import Canary, SyncFault, WeightSync
+from gdpo_megatron.weight_sync import Canary, SyncFault, WeightSync, tolerance_of
 
 MAX_LENGTH = 64
 CHECKS = {"all": 1, "no checksums": 0}
 
 
 def run(
-    folder: str, engine: str, layouts: dict[str, dict[str, Any]], dtypes: list[str]
+    folder: str,
+    engine: str,
+    layouts: dict[str, dict[str, Any]],
+    dtypes: list[str],
+    others: list[tuple[str, str, dict[str, Any]]],
 ) -> dict[str, Any]:
     """All sabotages in all layouts, with and without checksums.
 
@@ -42,8 +49,12 @@ def run(
         engine: a registered rollout engine, one rank each.
         layouts: arguments of `in_layout`, by name.
         dtypes: of the policy, by which the syncs that are right are repeated.
+        others: (name, folder, layout) of models and layouts for syncs that are right.
     """
     results: dict[str, Any] = {}
+    for name, other, layout in others:
+        with in_layout(**layout) as kwargs:
+            results[name] = Job(Path(other), engine, kwargs, "float32").right()
     for name, layout in layouts.items():
         with in_layout(**layout) as kwargs:
             for dtype in dtypes:
@@ -62,7 +73,7 @@ class Job:
     def __init__(self, folder: Path, engine: str, layout: dict[str, Any], dtype: str):
         arch, draw = load_architecture(folder), random.Random(3)
         reader = HFCheckpoint(folder, arch)
-        self.train = TrainConfig(micro_batch_size=2)
+        self.dtype, self.train = dtype, TrainConfig(micro_batch_size=2)
         self.policy = MegatronPolicy(
             arch,
             optimizer=OptimizerConfig(),
@@ -113,6 +124,7 @@ class Job:
             temperature=0.8,
             max_sequence_length=MAX_LENGTH,
             seed=5,
+            tolerance=tolerance_of(config.canary, self.dtype),
         )
         return WeightSync(config, self.policy, engine, canary)
 
@@ -158,48 +170,44 @@ class Job:
         return found
 
 
-def buckets(folder: str, layouts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Collectives and equality of the stream, by layout and bucket size."""
+def buckets(cases: dict[str, tuple[str, dict[str, Any]]], sizes: list[int]) -> dict[str, Any]:
+    """The stream in buckets of several sizes: equality and collectives.
+
+    Args:
+        cases: name -> (model folder, arguments of `in_layout`).
+        sizes: in bytes.
+    """
     results: dict[str, Any] = {}
-    arch = load_architecture(Path(folder))
-    reader = HFCheckpoint(Path(folder), arch)
-    for name, layout in layouts.items():
+    for name, (folder, layout) in cases.items():
         with in_layout(**layout) as kwargs:
-            policy = MegatronPolicy(
-                arch,
-                optimizer=OptimizerConfig(),
-                total_updates=1,
-                make_reader=lambda: reader,
-                precision=PrecisionConfig(),
-                max_sequence_length=MAX_LENGTH,
-                **kwargs,
-            )
-            for size in (1, 40_000, 2**30):
-                calls = {"all_gather_into_tensor": 0, "broadcast": 0}
-                counted = _counting(calls)
-                with counted:
-                    kept = list(policy.hf_tensors(size))
+            job = Job(Path(folder), "native", kwargs, "float32")
+            reader = HFCheckpoint(Path(folder), job.policy.arch)
+            for size in sizes:
+                with _counted() as calls:
+                    kept = list(job.policy.hf_tensors(size))
                 results[f"{name} {size}"] = {
-                    **calls,
+                    "calls": calls,
                     "wrong": [n for n, x in kept if not torch.equal(x, reader.get(n))],
                     "names": [n for n, _ in kept],
                 }
     return results
 
 
-def _counting(calls: dict[str, int]) -> Any:
-    from unittest import mock
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """[all-gathers, broadcasts] of the stream."""
+    calls = [0, 0]
 
-    class Counted:
-        def __getattr__(self, name: str) -> Any:
-            function = getattr(torch.distributed, name)
-            if name not in calls:
-                return function
+    def counting(index: int, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[index] += 1
+            return function(*args, **kwargs)
 
-            def call(*args: Any, **kwargs: Any) -> Any:
-                calls[name] += 1
-                return function(*args, **kwargs)
+        return call
 
-            return call
-
-    return mock.patch.object(weight_stream, "dist", Counted())
+    gather, broadcast = dist.all_gather_into_tensor, dist.broadcast
+    with (
+        mock.patch.object(dist, "all_gather_into_tensor", counting(0, gather)),
+        mock.patch.object(dist, "broadcast", counting(1, broadcast)),
+    ):
+        yield calls
