@@ -10,6 +10,7 @@ Left out: GPUs, Transformer Engine's layers, memory of several processes togethe
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -399,6 +400,7 @@ def measured(
         "rank_memory:peaks",
         world_size,
         folder / "run",
+        python=sys.executable,  # not forked: see support/peak_memory.py
         config=str(model),
         sizes=SIZES,
         cases=dict(cases),

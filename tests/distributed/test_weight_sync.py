@@ -1,11 +1,12 @@
 """Weight sync over two ranks: buckets, what is proven of a sync, and what the proof sees.
 
 A sabotage (tests/support/sabotage.py) is put into one sync in each layout; the check that must see
-it is named there. Not covered: GPUs, engines over several ranks. Memory: test_weight_stream.py. Cost: tools.
+it is named there. Memory: tests/unit/weight_sync. Not covered: GPUs, engines over several ranks.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ def test_buckets(model_folder: Callable[[str], Path], tmp_path: Path):
         "rank_weight_sync:buckets",
         2,
         tmp_path / "run",
+        python=sys.executable,  # not forked: see support/peak_memory.py
         cases={
             name: (str(model_folder(it)), layout) for name, (it, layout, _) in COLLECTIVES.items()
         },

@@ -11,7 +11,8 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """Largest sum of what `call` has allocated and not yet freed on the CPU at any time, in bytes.
 
     The allocator reports every tensor to torch's profiler, temporary ones inside kernels included.
-    What was allocated before counts where it is freed: it is then less than 0.
+    What was allocated before counts where it is freed: it is then less than 0. In a process
+    that was forked after torch had been imported the profiler is told nothing.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
@@ -22,6 +23,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
         for event in recorded.kineto_results.events()
         if event.name() == "[memory]"
     ]
+    assert events, "the profiler saw no memory: was this process forked from one that has torch?"
     live = peak = 0
     for _, num_bytes in sorted(events, key=lambda event: event[0]):
         live += num_bytes
