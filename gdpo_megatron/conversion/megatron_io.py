@@ -179,9 +179,12 @@ class MegatronCheckpoint:
         problems: list[str] = []
         used: set[str] = set()
         if adapters := [key for key in self._tensors if _ADAPTERS in key]:
+            own = self.folder.parent
+            run_dir = own.parent if own.name == "checkpoints" else Path("<run_dir>")
             raise InputError(
-                f"{self.folder}: has LoRA adapters ('{adapters[0]}'), which are not converted; "
-                "a run's own export has them, merged"
+                f"{self.folder}: has LoRA adapters ('{adapters[0]}'), which are not converted; use "
+                f"the run's hf folder, {run_dir / 'hf'}, which has them merged (written at the end "
+                "of the run, with checkpoint.export_hf)"
             )
         for stored in stored_rows(self._arch):
             choices = [(place,) for place in stored.places] + list(stored.alternatives)

@@ -226,7 +226,7 @@ MEGATRON_DAMAGE: list[tuple[str, Change, str]] = [
         lambda f: edit_metadata(f, add_parameter),
         "parameter 'decoder.extra.weight' is not part of llama",
     ),
-    ("LoRA run", lambda f: edit_metadata(f, add_adapter), "has LoRA adapters"),
+    ("LoRA run", lambda f: edit_metadata(f, add_adapter), "use the run's hf folder, <run_dir>/hf,"),
     ("chunk gone", lambda f: edit_metadata(f, lose_chunk), "linear_fc2.weight' is not whole"),
     ("file outside", lambda f: edit_metadata(f, store_outside), "points outside the folder"),
     ("metadata cut", lambda f: (f / ".metadata").write_bytes(b"\x80\x04"), ".metadata: damaged"),
@@ -253,6 +253,18 @@ MEGATRON_DAMAGE: list[tuple[str, Change, str]] = [
 def test_damaged_megatron(change: Change, message: str, megatron: Path, tmp_path: Path) -> None:
     change(megatron)
     assert message in refused(megatron, tmp_path, "hf")
+
+
+def test_a_checkpoint_with_adapters_names_the_export_of_its_run(
+    megatron: Path, tmp_path: Path
+) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_00000002"
+    step.parent.mkdir(parents=True)
+    edit_metadata(megatron, add_adapter)
+    megatron.rename(step)
+    said = refused(step, tmp_path, "hf")
+    assert f"{step}: has LoRA adapters" in said
+    assert f"use the run's hf folder, {tmp_path / 'run' / 'hf'}, which has them merged" in said
 
 
 def test_config_from_elsewhere(megatron: Path, hf: Path, tmp_path: Path) -> None:
