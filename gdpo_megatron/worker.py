@@ -44,6 +44,12 @@ def _eval(config: RLConfig, base_dir: Path, parts: Any) -> None:
 JOBS: dict[str, Callable[[Any, Path, Any], None]] = {"train": _train, "sft": _sft, "eval": _eval}
 
 
+def leave_out_warnings() -> None:
+    """Leave out what Megatron warns of on every rank: each optional package that is absent."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message=".*will be renamed.*|.*deprecat.*")
+
+
 def main(arguments: list[str]) -> None:
     """Run one rank of a job."""
     job, config_path, *overrides = arguments
@@ -58,9 +64,7 @@ def main(arguments: list[str]) -> None:
     die_with_parent(signal.SIGKILL)
     # The launcher has told of rows that are left out, once and not on every rank.
     logging.getLogger("gdpo_megatron.data").setLevel(logging.ERROR)
-    # Megatron warns of each optional package that is absent, on every rank.
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", message=".*will be renamed.*|.*deprecat.*")
+    leave_out_warnings()
     root = SFTConfig if job == "sft" else RLConfig
     config = load_config(root, Path(config_path), overrides)
     base_dir = Path(config_path).resolve().parent

@@ -27,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gdpo_megatron.worker import leave_out_warnings
+
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -76,7 +78,9 @@ def plain(folder: Path, rows: list[Row], sort: bool) -> Callable[[], tuple[float
     import torch
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
@@ -199,7 +203,9 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     """Write random weights as a Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(Qwen2Config(**config)).save_pretrained(folder)
 
@@ -214,6 +220,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.variant:
+        leave_out_warnings()
         result = measure(options.variant, options.folder, options.updates, options.threads)
         (options.folder / f"{options.variant}.json").write_text(json.dumps(result))
         leave()
