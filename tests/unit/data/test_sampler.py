@@ -49,9 +49,7 @@ def test_a_resumed_stream_is_the_same(
     batch_size=sizes,
     returned=st.lists(st.integers(0, 12), min_size=1, max_size=6),
 )
-def test_no_row_is_lost_when_some_are_put_back(
-    num_rows: int, batch_size: int, returned: list[int]
-):
+def test_no_row_is_lost_when_some_are_put_back(num_rows: int, batch_size: int, returned: list[int]):
     sampler, used = PromptSampler(num_rows, batch_size, 3), list[int]()
     for number in returned:
         batch = sampler.next_batch()
