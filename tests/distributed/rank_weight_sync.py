@@ -16,7 +16,7 @@ from rank_layouts import in_layout, platform  # prepares Megatron  # isort: skip
 
 import torch
 import torch.distributed as dist
-from support.sabotage import SABOTAGES, Sabotage
+from support.sabotage import OF_ENGINE, SABOTAGES, Sabotage
 
 import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig, TrainConfig
@@ -31,7 +31,6 @@ from gdpo_megatron.rollout.base import EngineSetup, engines
 from gdpo_megatron.types import Prompt
 from gdpo_megatron.weight_sync import Canary, SyncFault, WeightSync, tolerance_of
 
-MAX_LENGTH = 64
 CHECKS = {"all": 1, "no checksums": 0}
 
 
@@ -41,6 +40,7 @@ def run(
     layouts: dict[str, dict[str, Any]],
     dtypes: list[str],
     others: list[tuple[str, str, dict[str, Any]]],
+    max_length: int = 64,
 ) -> dict[str, Any]:
     """All sabotages in all layouts, with and without checksums.
 
@@ -50,29 +50,36 @@ def run(
         layouts: arguments of `in_layout`, by name.
         dtypes: of the policy, by which the syncs that are right are repeated.
         others: (name, folder, layout) of models and layouts for syncs that are right.
+        max_length: of prompt and completion.
     """
     results: dict[str, Any] = {}
     for name, other, layout in others:
         with in_layout(**layout) as kwargs:
-            results[name] = Job(Path(other), engine, kwargs, "float32").right()
+            job = Job(Path(other), engine, kwargs, "float32", max_length)
+            results[name] = job.right()
+            job.close()
     for name, layout in layouts.items():
         with in_layout(**layout) as kwargs:
             for dtype in dtypes:
-                job = Job(Path(folder), engine, kwargs, dtype)
+                job = Job(Path(folder), engine, kwargs, dtype, max_length)
                 results[f"{name} {dtype}"] = job.right()
                 if dtype == dtypes[0]:
-                    for case, sabotage in SABOTAGES.items():
+                    for case, sabotage in (SABOTAGES | OF_ENGINE.get(engine, {})).items():
                         if sabotage.layouts is None or name in sabotage.layouts:
                             results[f"{name} {case}"] = job.spoilt(sabotage)
+                job.close()
     return results
 
 
 class Job:
     """A policy and an engine that stay, with a sync made anew for each case."""
 
-    def __init__(self, folder: Path, engine: str, layout: dict[str, Any], dtype: str):
+    def __init__(
+        self, folder: Path, engine: str, layout: dict[str, Any], dtype: str, max_length: int
+    ):
         arch, draw = load_architecture(folder), random.Random(3)
         reader = HFCheckpoint(folder, arch)
+        self.max_length = max_length
         self.dtype, self.train = dtype, TrainConfig(micro_batch_size=2)
         self.policy = MegatronPolicy(
             arch,
@@ -80,7 +87,7 @@ class Job:
             total_updates=1,
             make_reader=lambda: reader,
             precision=PrecisionConfig(params_dtype=dtype),  # pyright: ignore
-            max_sequence_length=MAX_LENGTH,
+            max_sequence_length=max_length,
             **layout,
         )
         self.start = [parameter.detach().clone() for _, parameter in self.policy.stage_rows]
@@ -93,10 +100,10 @@ class Job:
                 mesh=self.mesh,
                 platform=platform,
                 dtype=getattr(torch, dtype),
-                max_sequence_length=MAX_LENGTH,
+                max_sequence_length=max_length,
                 max_concurrent_sequences=8,
                 seed=1,
-                vllm=VllmConfig(),
+                vllm=VllmConfig(kv_cache_gib=0.125),
             )
         )
         self.prompts = [
@@ -105,8 +112,13 @@ class Job:
                 token_ids=tuple(draw.randrange(3, arch.vocab_size) for _ in range(n)),
                 text="",
             )
-            for i, n in enumerate((5, 1, 12, 80))  # the last one is cut
+            # The third may be as long as a block of a prefix cache, the last one is cut.
+            for i, n in enumerate((5, 1, max_length * 3 // 4, max_length + 16))
         ]
+
+    def close(self) -> None:
+        """Make room for another engine, where that needs something done."""
+        getattr(self.engine, "close", lambda: None)()
 
     def sync(self, engine: Any, interval: int = 1) -> WeightSync:
         config = WeightSyncConfig(
@@ -122,7 +134,7 @@ class Job:
             engines=self.mesh,
             batching=self.policy.micro_batching(self.train),
             temperature=0.8,
-            max_sequence_length=MAX_LENGTH,
+            max_sequence_length=self.max_length,
             seed=5,
             tolerance=tolerance_of(config.canary, self.dtype),
         )
@@ -153,7 +165,7 @@ class Job:
         """What sees it, and what is said, with all checks and without checksums."""
         found: dict[str, Any] = {}
         for checks, interval in CHECKS.items():
-            engine = sabotage.engine(self.engine) if sabotage.seen_by == "canary" else self.engine
+            engine = sabotage.engine(self.engine) if sabotage.from_the_first else self.engine
             self.engine.wake()
             self.sync(engine, interval).run(1)
             self.change()
@@ -180,7 +192,7 @@ def buckets(cases: dict[str, tuple[str, dict[str, Any]]], sizes: list[int]) -> d
     results: dict[str, Any] = {}
     for name, (folder, layout) in cases.items():
         with in_layout(**layout) as kwargs:
-            job = Job(Path(folder), "native", kwargs, "float32")
+            job = Job(Path(folder), "native", kwargs, "float32", 64)
             reader = HFCheckpoint(Path(folder), job.policy.arch)
             for size in sizes:
                 with _counted() as calls:

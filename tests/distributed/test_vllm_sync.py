@@ -16,6 +16,7 @@ import pytest
 import torch
 from rank_harness import run_ranks
 from support.models import VOCAB_SIZE, save_model
+from support.sabotage import OF_ENGINE, SABOTAGES
 
 pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
 
@@ -133,6 +134,37 @@ def test_logprobs_are_those_of_the_new_weights(
     models: Path, prompts: list[list[int]], world_size: int, tmp_path: Path
 ):
     check(models, prompts, world_size, SOME[world_size], tmp_path / "ranks")
+
+
+def test_sabotage_is_seen(models: Path, tmp_path: Path):
+    """That of test_weight_sync.py, and what can go wrong in vLLM."""
+    layouts: dict[str, dict[str, Any]] = {"tp2": {"tp": 2}, "pp2": {"pp": 2}}
+    ranks = run_ranks(
+        "rank_weight_sync:run",
+        2,
+        tmp_path / "ranks",
+        folder=str(models / "qwen3, tied"),
+        engine="vllm",
+        layouts=layouts,
+        dtypes=["float32"],
+        others=[],
+        max_length=192,
+        timeout=600.0,
+    )
+    for name, sabotage in (SABOTAGES | OF_ENGINE["vllm"]).items():
+        for layout in layouts:
+            if sabotage.layouts is not None and layout not in sabotage.layouts:
+                continue
+            first, second = (rank[f"{layout} {name}"] for rank in ranks)
+            print(layout, name, first["all"]["lines"])
+            assert first == second
+            assert first["all"]["checks"] == [sabotage.seen_by], name
+            if sabotage.without_checksums is not None:
+                assert first["no checksums"]["checks"] == [sabotage.without_checksums], name
+    for layout in layouts:
+        for report in ranks[0][f"{layout} float32"]:
+            assert report["weight_sync/num_checksums"] > report["weight_sync/num_resident"] > 0
+            assert 0 < report["weight_sync/canary_max_logprob_diff"] < 1e-5
 
 
 @pytest.mark.full

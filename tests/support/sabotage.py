@@ -93,6 +93,24 @@ class Stale(Wrapped):
         return finished
 
 
+class KeepsPrefixCache(Wrapped):
+    """vLLM whose cache still has the old weights' entries after a sync."""
+
+    def load_weights(self, tensors: Iterable[Named], version: int) -> None:
+        with mock.patch.object(self.inner._llm, "reset_prefix_cache", return_value=True):
+            self.inner.load_weights(tensors, version)
+
+
+class KeepsPackedOutputLayer(Wrapped):
+    """vLLM as it is on a CPU: an output layer that is tied keeps the old weights in packed form."""
+
+    def load_weights(self, tensors: Iterable[Named], version: int) -> None:
+        from gdpo_megatron.rollout.vllm_engine import transfer
+
+        with mock.patch.object(transfer, "_tied_layers", lambda _: iter(())):
+            self.inner.load_weights(tensors, version)
+
+
 def _stream(change: Callable[[list[Named]], Iterable[Named]]) -> Callable[[Any], Any]:
     """Change what the policy yields."""
 
@@ -177,6 +195,7 @@ class Sabotage:
         policy: spoils the policy's side during the sync.
         engine: spoils the engine's.
         layouts: where it can happen; None means in all.
+        from_the_first: the engine is spoilt before the sync that is right.
     """
 
     seen_by: str
@@ -185,6 +204,7 @@ class Sabotage:
     policy: Callable[[Any], AbstractContextManager[Any]] = lambda _: nullcontext()
     engine: Callable[[Any], Any] = lambda engine: engine
     layouts: tuple[str, ...] | None = None
+    from_the_first: bool = False
 
 
 SABOTAGES: dict[str, Sabotage] = {
@@ -219,5 +239,15 @@ SABOTAGES: dict[str, Sabotage] = {
     "skipped": Sabotage("resident", "canary", QUERY, engine=Skipping),
     "nothing_taken": Sabotage("version", "version", "took 0 of", engine=TakesNothing),
     "old_version": Sabotage("version", "version", "has version 1", engine=KeepsVersion),
-    "stale_cache": Sabotage("canary", "canary", "completion token", engine=Stale),
+    "stale_cache": Sabotage(
+        "canary", "canary", "completion token", engine=Stale, from_the_first=True
+    ),
 }
+
+OF_ENGINE: dict[str, dict[str, Sabotage]] = {
+    "vllm": {
+        "stale_prefix_cache": Sabotage("canary", "canary", engine=KeepsPrefixCache),
+        "tied_output_layer": Sabotage("canary", "canary", engine=KeepsPackedOutputLayer),
+    }
+}
+"""More ways, which an engine has."""
