@@ -183,7 +183,12 @@ def launch(folder: Path, world_size: int, case: dict[str, Any]) -> dict[str, Any
     (folder / "case.json").write_text(json.dumps(case))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world_size}", __file__, "--rank", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # What is freed goes back to the kernel, whose figure is then what is held.
+        "MALLOC_MMAP_THRESHOLD_": str(MIB // 4),
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])

@@ -104,8 +104,9 @@ class Delivery:
         source = self._own_failure(iter(tensors))
         try:
             engine.load_weights(self._checked(source), version)
-        except RuntimeError as error:
-            if self._source_failed:
+        except Exception as error:
+            # What was refused here may come back in another wrapping.
+            if self._source_failed or not (self.findings or isinstance(error, RuntimeError)):
                 raise
             if not self.findings:
                 text = " ".join(str(error).split())
