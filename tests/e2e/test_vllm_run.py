@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.engines import engine_setup
 from support.jobs import read_jsonl, succeed
+from support.models import MODELS, save_model
 
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.errors import InputError
@@ -78,6 +79,13 @@ def test_an_engine_over_both_ranks_of_two_stages(quickstart: Path):
 def test_a_head_size_that_its_attention_does_not_take(stories_folder: Path):
     with pytest.raises(InputError, match=r"heads of size 32, .*this model's have size 8; use nat"):
         engines.get("vllm")(engine_setup(stories_folder))
+
+
+def test_a_mixture_of_experts(tmp_path: Path):
+    """vLLM would start with it, and answer with other weights than the sync brought."""
+    save_model(tmp_path, **MODELS["mixtral"], head_dim=32)
+    with pytest.raises(InputError, match="does not take a sync of a mixture of experts"):
+        engines.get("vllm")(engine_setup(tmp_path))
 
 
 @pytest.mark.full

@@ -259,6 +259,11 @@ def _prepare_cpu(setup: EngineSetup, platform: Any) -> None:
             f"rollout.engine: vllm on a CPU takes heads of size {', '.join(map(str, sizes))}; this "
             f"model's have size {setup.arch.head_dim}; use native"
         )
+    if setup.arch.moe is not None:
+        # vLLM 0.32: an update of experts whose weights it packs fails, or leaves other weights.
+        raise InputError(
+            "rollout.engine: vllm on a CPU does not take a sync of a mixture of experts; use native"
+        )
     if setup.vllm.enforce_eager:
         # Small functions of the sampler would be compiled all the same, with a C++ compiler.
         platform.simple_compile_backend = "eager"
