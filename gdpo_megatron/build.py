@@ -31,7 +31,8 @@ from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
 from gdpo_megatron.platform import Platform
 from gdpo_megatron.policy.lora import peft_tensors
-from gdpo_megatron.policy.model import MegatronModel, TensorReader
+from gdpo_megatron.policy.model import MegatronModel
+from gdpo_megatron.policy.weights import TensorReader
 from gdpo_megatron.rollout.base import EngineSetup, RolloutEngine, engines
 
 PEFT_FOLDER = "peft"
