@@ -7,7 +7,6 @@ their files), and Megatron is not imported.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
 from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.platform import detect_platform
 from gdpo_megatron.platform.megatron_versions import megatron_version
+from gdpo_megatron.platform.vllm_versions import vllm_problems
 from gdpo_megatron.rewards.resolve import ResolvedReward
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import engines
@@ -324,11 +324,8 @@ def _engine(
             f"rollout.vllm is set, but rollout.engine is {rollout.engine}; remove it, or set "
             "rollout.engine to vllm"
         )
-    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        problems.append(
-            "rollout.engine: vllm is not installed in this environment; scripts/setup.sh vllm "
-            "makes one that has it"
-        )
+    if rollout.engine == "vllm":
+        problems += [f"rollout.engine: {problem}" for problem in vllm_problems()]
     return problems
 
 

@@ -206,6 +206,20 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
         "--rollout.engine nativ",
         ["rollout.engine: no rollout engine named 'nativ'; did you mean 'native'?"],
     ),
+    "an engine that is not installed": (
+        "--rollout.engine vllm",
+        [
+            "rollout.engine: vLLM is not installed in this environment; scripts/setup.sh vllm makes "
+            "an environment that has it"
+        ],
+    ),
+    "settings of another engine": (
+        "--rollout.vllm.kv_cache_gib 2",
+        [
+            "rollout.vllm is set, but rollout.engine is native; remove it, or set rollout.engine "
+            "to vllm"
+        ],
+    ),
     "unknown estimator": (
         "--advantage.estimator gdpoo",
         ["no advantage estimator named 'gdpoo'; did you mean 'gdpo'?"],
