@@ -209,8 +209,8 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
     "an engine that is not installed": (
         "--rollout.engine vllm",
         [
-            "rollout.engine: vLLM is not installed in this environment; scripts/setup.sh vllm makes "
-            "an environment that has it"
+            "rollout.engine: vLLM is not installed in this environment; scripts/setup.sh vllm "
+            "makes an environment that has it"
         ],
     ),
     "settings of another engine": (
