@@ -17,10 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
+
+import psutil
 
 from gdpo_megatron.rollout.base import RolloutEngine
 from gdpo_megatron.rollout.failure import EngineStalled
@@ -145,4 +147,8 @@ class StallWatch:
             file=sys.stderr,
             flush=True,
         )
+        # What was started here (a checkpoint's writer waits for work) would outlive this process.
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         os._exit(_EXIT_CODE)  # an exit handler could wait for what hangs

@@ -156,6 +156,7 @@ def test_a_rank_whose_partner_is_gone_does_not_wait_for_it(tmp_path: Path, quick
             "num_prompts_per_step": 4,
             "group_size": 4,
             "max_completion_tokens": 24,
+            "stop": ["e"],  # so that the first poll does not return all of them
             "stall_timeout_seconds": 15,
             "long_tail": {"max_aborted_fraction": 0.125},
         },
