@@ -53,7 +53,7 @@ def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]
         options: ranks of the job.
         worker: arguments of gdpo_megatron.worker.
     """
-    command = [sys.executable, "-m", "torch.distributed.run"]
+    command = [sys.executable, "-m", "gdpo_megatron.agent"]
     command += [f"--nproc-per-node={options.nproc}", f"--nnodes={options.nnodes}"]
     if options.rdzv_endpoint is None:
         command += ["--standalone"]

@@ -43,7 +43,7 @@ def test_run(tmp_path: Path, quickstart: Path) -> None:
     stopped = run_job(
         *command, "--train.num_steps", "6", "--weight_sync.canary.max_logprob_diff", "1e-30"
     )
-    assert stopped.code != 0, stopped.output
+    assert stopped.code == 2, stopped.output
     assert "weight sync of version 5, canary (rank 0): the log-probs of 20 tok" in stopped.output
     assert "(weight_sync.canary.max_logprob_diff 1e-30)" in stopped.output
     assert "the run is saved after step 5; the same command goes on there" in stopped.output

@@ -87,7 +87,7 @@ class RunningJob:
         """The ranks, as far as they are there, in the order of their start."""
         ranks = [it for it in self.family() if "gdpo_megatron.worker" in it.cmdline()]
         # torchrun's own command line names the module too.
-        return [it for it in ranks if "torch.distributed.run" not in it.cmdline()]
+        return [it for it in ranks if "gdpo_megatron.agent" not in it.cmdline()]
 
 
 @contextlib.contextmanager

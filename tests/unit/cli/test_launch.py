@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def test_one_node_finds_its_own_port():
     command = torchrun_command(LaunchOptions(nproc=4), ["train", "c.yaml", "--seed", "3"])
     assert command == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", "--nnodes=1"),
+        *(sys.executable, "-m", "gdpo_megatron.agent", "--nproc-per-node=4", "--nnodes=1"),
         *("--standalone", "-m", "gdpo_megatron.worker", "train", "c.yaml", "--seed", "3"),
     ]
 
@@ -46,7 +46,7 @@ def test_nodes_with_a_number_get_the_ranks_of_their_place():
     options = LaunchOptions(nproc=8, nnodes=2, node_rank=1, rdzv_endpoint="node0:29500")
     assert options.world_size == 16
     assert torchrun_command(options, ["sft", "c.yaml"]) == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8", "--nnodes=2"),
+        *(sys.executable, "-m", "gdpo_megatron.agent", "--nproc-per-node=8", "--nnodes=2"),
         *("--rdzv-backend=static", "--rdzv-endpoint=node0:29500", "--node-rank=1"),
         *("-m", "gdpo_megatron.worker", "sft", "c.yaml"),
     ]
@@ -57,7 +57,7 @@ def test_nodes_with_a_number_get_the_ranks_of_their_place():
 def test_nodes_without_a_number_get_ranks_as_they_come():
     options = LaunchOptions(nnodes=2, rdzv_endpoint="node0:29500")
     assert torchrun_command(options, ["sft", "c.yaml"]) == [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--nnodes=2"),
+        *(sys.executable, "-m", "gdpo_megatron.agent", "--nproc-per-node=1", "--nnodes=2"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=node0:29500", "--rdzv-id=gdpo-node0:29500"),
         *("-m", "gdpo_megatron.worker", "sft", "c.yaml"),
     ]
