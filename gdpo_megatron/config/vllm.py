@@ -14,5 +14,5 @@ class VllmConfig:
     again."""
 
     enforce_eager: bool = True
-    """Run the model as it is; false compiles it first, which took more than a minute for a small
-    model on a CPU, at every start."""
+    """Run the model as it is; false compiles it at every start, which took most of a minute for a
+    small model on a CPU."""
