@@ -15,17 +15,15 @@ from pathlib import Path
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.paths import resolve_path
-from gdpo_megatron.config.schema import ParallelConfig, RLConfig, SFTConfig
+from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture, NoModel
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
-from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
 from gdpo_megatron.errors import InputError, did_you_mean
-from gdpo_megatron.platform import detect_platform
 from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.platform.vllm_versions import vllm_problems
 from gdpo_megatron.rewards.resolve import ResolvedReward
@@ -42,6 +40,7 @@ from gdpo_megatron.sandbox import (
     is_sandbox_user,
 )
 from gdpo_megatron.validate_fp8 import fp8_problems
+from gdpo_megatron.validate_layout import divides, layout_problems
 from gdpo_megatron.validate_lora import lora_problems
 from gdpo_megatron.validate_memory import memory_problems
 
@@ -74,7 +73,7 @@ def _checks(
     job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int
 ) -> Iterator[Check]:
     """What one check finds is there for the next; one whose subject is missing is left out."""
-    parallel, model = config.parallel, config.model
+    model = config.model
     folder = resolve_path(base_dir, model.hf_path)
     arch: ModelArchitecture | None = None
     tokenizer: Tokenizer | None = None
@@ -101,18 +100,15 @@ def _checks(
         suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
 
     yield _megatron
-    yield lambda: _world(parallel, world_size)
-    yield lambda: _packing(config)
     yield lambda: _run_dir(job, config, base_dir)
     yield load_arch
     yield read_tokenizer
     if arch is not None:
         found = arch
         yield lambda: _sizes(config, found, tokenizer)
-        yield lambda: _stages(found, parallel)
-        yield lambda: _experts(job, found, parallel, world_size)
         if model.init == "pretrained":
             yield lambda: _weights(folder, found)
+    yield lambda: layout_problems(job, config, world_size, arch)
     yield lambda: lora_problems(job, config, base_dir, arch)
     yield lambda: memory_problems(job, config, arch)
     yield lambda: fp8_problems(job, config, arch)
@@ -147,44 +143,6 @@ def _checks(
 
 def _megatron() -> None:
     megatron_version()  # before a rank meets it
-
-
-def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cp, problems = parallel.context_parallel_size, list[str]()
-    if world_size % (tp * pp * cp):
-        by_context = f" x context_parallel_size {cp}" if cp > 1 else ""
-        problems.append(
-            f"{world_size} ranks (--nproc x --nnodes) do not fit "
-            f"parallel.tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp}"
-            f"{by_context}: start a multiple of {tp * pp * cp}"
-        )
-    vp = parallel.virtual_pipeline_model_parallel_size
-    if vp > 1 and pp == 1:
-        problems.append(
-            f"parallel.virtual_pipeline_model_parallel_size is {vp}, but there is one stage only; "
-            "set it to 1, or pipeline_model_parallel_size above 1"
-        )
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        problems.append(
-            "parallel.overlap_param_gather is true, which needs overlap_grad_reduce; set both"
-        )
-    if parallel.sequence_parallel and tp == 1:
-        problems.append(
-            "parallel.sequence_parallel is true, but there is no tensor parallelism to share "
-            "tokens with; set it to false, or parallel.tensor_model_parallel_size above 1"
-        )
-    return problems
-
-
-def _packing(config: RLConfig | SFTConfig) -> list[str]:
-    cp = config.parallel.context_parallel_size
-    if config.train.packing and cp > 1:
-        return [
-            f"train.packing is true, but parallel.context_parallel_size is {cp}: its ranks hold "
-            "pieces of each row, and packed rows are not cut into any; set train.packing to false"
-        ]
-    return []
 
 
 def _run_dir(job: str, config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
@@ -224,12 +182,7 @@ def _sizes(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}; "
             "set model.tokenizer_path to the model's own"
         )
-    key = "parallel.tensor_model_parallel_size"
-    return problems + _divides(key, config.parallel.tensor_model_parallel_size, arch)
-
-
-def _stages(arch: ModelArchitecture, parallel: ParallelConfig) -> None:
-    stage_layers(arch.num_layers, parallel)
+    return problems
 
 
 def _weights(folder: Path, arch: ModelArchitecture) -> None:
@@ -240,72 +193,13 @@ def _weights(folder: Path, arch: ModelArchitecture) -> None:
         raise InputError(f"model.hf_path: {error}; {hint}") from error
 
 
-def _divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
-    counts = {
-        "attention heads": arch.num_attention_heads,
-        "key/value heads": arch.num_key_value_heads,
-        "MLP columns": arch.mlp_columns,
-    }
-    return [
-        f"{key} {size} does not divide the model's {count} {what}"
-        for what, count in counts.items()
-        if count % size
-    ]
-
-
-def _experts(
-    job: str, arch: ModelArchitecture, parallel: ParallelConfig, world_size: int
-) -> list[str]:
-    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    ep_key, etp_key = "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size"
-    if arch.moe is None:
-        return [
-            f"{key} is {size}, but {arch.family} has no experts; set it to 1"
-            for key, size in ((ep_key, ep), (etp_key, etp))
-            if size > 1
-        ]
-    problems: list[str] = []
-    if arch.moe.num_experts % ep:
-        problems.append(f"{ep_key} {ep} does not divide the model's {arch.moe.num_experts} experts")
-    if arch.moe.intermediate_size % etp:
-        problems.append(
-            f"{etp_key} {etp} does not divide an expert's {arch.moe.intermediate_size} columns"
-        )
-    if world_size % (pp * ep * etp):
-        problems.append(
-            f"{ep_key} {ep} x expert_tensor_parallel_size {etp} x pipeline_model_parallel_size "
-            f"{pp} does not divide {world_size} ranks"
-        )
-    if job == "eval":
-        return problems
-    if tp > 1 and not parallel.sequence_parallel:
-        problems.append(
-            f"parallel.sequence_parallel is false: a mixture of experts is trained with "
-            f"tensor_model_parallel_size {tp} only under it; set it to true"
-        )
-    if ep > 1 and etp > 1 and not (platform := detect_platform()).gathers_uneven_parts:
-        # Each of the ranks that share an expert comes with the tokens that were sent to it.
-        problems.append(
-            f"{etp_key} is {etp}, but with expert parallelism its ranks exchange unequal numbers "
-            f"of tokens, which {platform.backend} cannot gather on this platform "
-            f"({platform.name}); set it to 1"
-        )
-    if ep == 1 and etp != tp:
-        problems.append(
-            f"{etp_key} is {etp}, but without expert parallelism Megatron takes experts to be "
-            f"shared as the rest is; set it to {tp}, or set {ep_key}"
-        )
-    return problems
-
-
 def _engine(
     config: RLConfig, arch: ModelArchitecture, world_size: int, base_dir: Path
 ) -> list[str]:
     import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 
     rollout, key = config.rollout, "rollout.tensor_parallel_size"
-    problems = _divides(key, rollout.tensor_parallel_size, arch)
+    problems = divides(key, rollout.tensor_parallel_size, arch)
     if world_size % rollout.tensor_parallel_size:
         problems.append(f"{key} {rollout.tensor_parallel_size} does not divide {world_size} ranks")
     try:

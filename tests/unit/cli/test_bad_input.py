@@ -615,13 +615,13 @@ def test_all_problems_of_the_job_are_reported_together(job: Job, run_cli: Cli, o
     )
     lines = refused(job, run_cli, "train", "config.yaml", "--nproc", "2")
     starts = [
-        "2 ranks",
         "run_dir",
         "tokenizer {here}/nowhere",
         "model.max_sequence_length",
+        "model.hf_path: {here}/model holds no weights",
+        "2 ranks",
         *["parallel.tensor_model_parallel_size 3"] * 2,
         "parallel.pipeline_model_parallel_size is 5",
-        "model.hf_path: {here}/model holds no weights",
         "optimizer.min_lr",
         "rewards[0] 'right'",
         "no advantage estimator",
