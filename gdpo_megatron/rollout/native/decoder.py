@@ -15,6 +15,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from gdpo_megatron.rollout.native.weights import LayerWeights, NativeWeights
+from gdpo_megatron.rollout.observe import (
+    EMBEDDING,
+    FINAL_NORM,
+    LOGITS,
+    OnValue,
+    after_attention,
+    after_mlp,
+)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -47,6 +55,8 @@ class Decoder:
         self._cos = angles.cos().to(device, dtype)
         self._sin = angles.sin().to(device, dtype)
         self._cache: Tensor | None = None
+        self.on_value: OnValue | None = None
+        """Told what every point of a pass has, where somebody watches."""
 
     # ---- cache -------------------------------------------------------------------------------
 
@@ -110,7 +120,7 @@ class Decoder:
             attended = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, enable_gqa=w.num_heads != w.num_groups
             )
-            x = self._finish_layer(layer, x, attended.transpose(1, 2).reshape(p, s, -1))
+            x = self._finish_layer(index, x, attended.transpose(1, 2).reshape(p, s, -1))
         last = x[torch.arange(p, device=x.device), lengths - 1]
         return self._logits(last)
 
@@ -146,7 +156,7 @@ class Decoder:
                 values[:n, :, :span],
                 attn_mask=mask,
             )
-            x = self._finish_layer(layer, x, attended.reshape(n, -1))
+            x = self._finish_layer(index, x, attended.reshape(n, -1))
         return self._logits(x)
 
     def _project(self, layer: LayerWeights, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,13 +171,19 @@ class Decoder:
             qk = F.rms_norm(qk, (d,), eps=w.arch.rms_norm_eps) * layer.qk_norm
         return qk, v
 
-    def _finish_layer(self, layer: LayerWeights, x: Tensor, attended: Tensor) -> Tensor:
+    def _finish_layer(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual, gated MLP or experts, residual."""
+        layer = self.weights.layers[index]
         x = x + self._all_reduce(F.linear(attended, layer.o))
+        self._report(after_attention(index), x)
         normed = F.rms_norm(x, x.shape[-1:], layer.post_norm, self.weights.arch.rms_norm_eps)
         if layer.router is not None:
-            return x + self._all_reduce(self._experts(layer, layer.router, normed))
-        return x + self._all_reduce(_gated_mlp(normed, layer.gate_up, layer.down))
+            added = self._experts(layer, layer.router, normed)
+        else:
+            added = _gated_mlp(normed, layer.gate_up, layer.down)
+        x = x + self._all_reduce(added)
+        self._report(after_mlp(index), x)
+        return x
 
     def _experts(self, layer: LayerWeights, router: Tensor, x: Tensor) -> Tensor:
         """This rank's part of the weighted sum of each token's chosen experts."""
@@ -189,21 +205,31 @@ class Decoder:
     def _embed(self, tokens: Tensor) -> Tensor:
         w = self.weights
         if self._group is None:
-            return F.embedding(tokens, w.embedding)
-        local = tokens - w.vocab_start
-        elsewhere = (local < 0) | (local >= w.vocab_rows)
-        found = F.embedding(local.masked_fill(elsewhere, 0), w.embedding)
-        return self._all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0.0))
+            found = F.embedding(tokens, w.embedding)
+        else:
+            local = tokens - w.vocab_start
+            elsewhere = (local < 0) | (local >= w.vocab_rows)
+            found = F.embedding(local.masked_fill(elsewhere, 0), w.embedding)
+            self._all_reduce(found.masked_fill_(elsewhere.unsqueeze(-1), 0.0))
+        self._report(EMBEDDING, found)
+        return found
 
     def _logits(self, x: Tensor) -> Tensor:
         w = self.weights
         normed = F.rms_norm(x, x.shape[-1:], w.final_norm, w.arch.rms_norm_eps)
+        self._report(FINAL_NORM, normed)
         logits = F.linear(normed, w.output).float()
         if self._group is not None:
             parts = [torch.empty_like(logits) for _ in range(self._group.size())]
             dist.all_gather(parts, logits, group=self._group)
             logits = torch.cat(parts, -1)
-        return logits[..., : w.arch.vocab_size]
+        logits = logits[..., : w.arch.vocab_size]
+        self._report(LOGITS, logits)
+        return logits
+
+    def _report(self, point: str, value: Tensor) -> None:
+        if self.on_value is not None:
+            self.on_value(point, value)
 
     def _all_reduce(self, x: Tensor) -> Tensor:
         if self._group is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ from gdpo_megatron.rollout.base import (
 from gdpo_megatron.rollout.native.decoder import Decoder
 from gdpo_megatron.rollout.native.sampler import KeyedNoise, sample, split_keys
 from gdpo_megatron.rollout.native.weights import NativeWeights
+from gdpo_megatron.rollout.observe import OnValue
 from gdpo_megatron.types import Completion, FinishReason
 
 _PREFILL_TOKENS = 16384  # prompt tokens of one prefill pass, padding included; bounds its memory
@@ -146,6 +148,17 @@ class NativeEngine:
         """All weights as they are; see ReadableEngine."""
         assert self._decoder is not None
         yield from self._decoder.weights.whole_tensors(self._mesh.tp_group)
+
+    @contextmanager
+    def observed(self, on_value: OnValue) -> Iterator[None]:
+        """Report what its forward passes compute; see ObservableEngine."""
+        self._require_idle()
+        assert self._decoder is not None
+        self._decoder.on_value = on_value
+        try:
+            yield
+        finally:
+            self._decoder.on_value = None
 
     def sleep(self) -> None:
         """Free weights and cache."""

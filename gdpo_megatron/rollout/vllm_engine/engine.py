@@ -13,6 +13,7 @@ at each sync.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,9 @@ from gdpo_megatron.rollout.base import (
     RolloutRequest,
     SamplingParams,
 )
+from gdpo_megatron.rollout.observe import OnValue, hooked
 from gdpo_megatron.rollout.vllm_engine import environment
+from gdpo_megatron.rollout.vllm_engine.observe import points
 from gdpo_megatron.types import Completion, FinishReason
 
 _REASONS: dict[str | None, FinishReason] = {"stop": "stop", "length": "length"}
@@ -105,8 +108,7 @@ class VllmEngine:
         if self._tags_asleep:
             self._wake("kv_cache")
         # Its keys are tokens: entries of the old weights would be found, and used.
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not reset its prefix cache")
+        self._forget_prefixes()
         self._core.reset_encoder_cache()
         self.policy_version = version
 
@@ -128,6 +130,15 @@ class VllmEngine:
             if tuple(held.shape) == shape:
                 yield name, held
 
+    @contextmanager
+    def observed(self, on_value: OnValue) -> Iterator[None]:
+        """Report what its forward passes compute, if it runs eagerly; see ObservableEngine."""
+        self._require_idle()
+        self._forget_prefixes()
+        (found,) = self._llm.apply_model(points)
+        with hooked(found, on_value):
+            yield
+
     def sleep(self) -> None:
         """Give weights and cache back; on a CPU, vLLM keeps them."""
         self._require_idle()
@@ -138,6 +149,10 @@ class VllmEngine:
     def _wake(self, tag: str) -> None:
         self._llm.wake_up(tags=[tag])
         self._tags_asleep = self._tags_asleep - {tag}
+
+    def _forget_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache")
 
     def _require_idle(self) -> None:
         if self.num_unfinished:
