@@ -167,14 +167,14 @@ def add_verify(command: argparse.ArgumentParser) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Check and compare; returns the exit code."""
-    from gdpo_megatron import verify
+    from gdpo_megatron import layer_values, verify
     from gdpo_megatron.conversion.model_folder import is_megatron
 
     if not options.tolerance_factor > 0:
         raise InputError(f"--tolerance-factor is {options.tolerance_factor}; needs to be above 0")
     folders = [Path(name) for name in (options.folder, options.other) if name is not None]
     good = all([_files_are_whole(folder) for folder in folders])
-    opened = [verify.open_model(folder) for folder in folders]
+    opened = [layer_values.open_model(folder) for folder in folders]
     for folder, (arch, checkpoint) in zip(folders, opened, strict=True):
         print(f"{folder}: {len(checkpoint.dtypes):,} tensors as config.json has them")
         for name, count in verify.non_finite_tensors(checkpoint, arch).items():
@@ -184,7 +184,7 @@ def run_verify(options: argparse.Namespace) -> int:
         good = _tensors_are_equal(opened) and good
     if options.no_logits:
         return 0 if good else 1
-    prompts = verify.read_prompts(
+    prompts = layer_values.read_prompts(
         folders[0],
         arch,
         options.prompt,
@@ -197,8 +197,11 @@ def run_verify(options: argparse.Namespace) -> int:
     rows = verify.compare_with_transformers(
         folders[0], checkpoint, arch, prompts, reference=reference
     )
-    limit = verify.allowed(rows[-1], options.tolerance_factor)
-    _print_table(rows, sum(map(len, prompts)))
+    limit = rows[-1].allowed(options.tolerance_factor)
+    num_tokens = sum(map(len, prompts))
+    print(f"Megatron and transformers in float32, {num_tokens:,} tokens, largest over all of them;")
+    print("rounding is transformers against itself in float64, also relative to max(1, |value|):")
+    print(*layer_values.table_lines(rows), sep="\n")
     within = rows[-1].relative <= limit
     verdict = "within" if within else "MORE THAN"
     print(f"logits: {rows[-1].relative:.2e} relative to max(1, |logit|), {verdict} {limit:.2e}")
@@ -232,17 +235,6 @@ def _tensors_are_equal(opened: Sequence[tuple[Any, Any]]) -> bool:
     total = len(one.dtypes)
     print(f"{total - len(lines):,} of {total:,} tensors are bit-identical")
     return not lines
-
-
-def _print_table(rows: Sequence[Any], num_tokens: int) -> None:
-    print(f"Megatron and transformers in float32, {num_tokens:,} tokens, largest over all of them;")
-    print("rounding is transformers against itself in float64, also relative to max(1, |value|):")
-    width = max(len(row.name) for row in rows)
-    print(f"  {'':{width}}     |value|  difference    relative    rounding")
-    for row in rows:
-        errors = (row.difference, row.relative, row.rounding)
-        numbers = "  ".join(f"{value:10.2e}" for value in errors)
-        print(f"  {row.name:{width}}  {row.largest:10.4g}  {numbers}")
 
 
 def positive(text: str) -> int:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.cli_job import Cli
 
-from gdpo_megatron.verify import Comparison, allowed
+from gdpo_megatron.layer_values import Comparison
 
 ROOT = Path(__file__).resolve().parents[3]
 TOOLS = ("convert_hf_to_megatron", "convert_megatron_to_hf", "verify_checkpoint")
@@ -126,7 +126,8 @@ def rows(output: str) -> dict[str, list[float]]:
     return found
 
 
-NAMES = ["embedding", "layer 0", "layer 1", "final norm", "logits"]
+LAYERS = [f"layer {index} {part}" for index in range(2) for part in ("attention", "mlp")]
+NAMES = ["embedding", *LAYERS, "final norm", "logits"]
 
 
 def test_verify(folders: Path) -> None:
@@ -164,7 +165,7 @@ def test_verify_finds_the_layer(folders: Path, tmp_path: Path) -> None:
         "model.layers.1.self_attn.o_proj.weight: 1 of 6,144 values differ, by 0.5" in outcome.stdout
     )
     table = rows(outcome.stdout)
-    assert table["layer 0"][2] < 1e-5 and table["layer 1"][2] > 1e-3
+    assert table["layer 0 mlp"][2] < 1e-5 and table["layer 1 mlp"][2] > 1e-3
     assert ", MORE THAN " in outcome.stdout.splitlines()[-1]
 
 
@@ -173,7 +174,7 @@ def test_verify_finds_the_layer(folders: Path, tmp_path: Path) -> None:
 )
 def test_allowed(rounding: float, factor: float, limit: float) -> None:
     row = Comparison(name="logits", largest=9.0, difference=1.0, relative=0.1, rounding=rounding)
-    assert allowed(row, factor) == pytest.approx(limit)
+    assert row.allowed(factor) == pytest.approx(limit)
 
 
 def test_verify_without_logits(folders: Path, run_cli: Cli, tmp_path: Path) -> None:
