@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ from gdpo_megatron.rollout.base import (
 )
 from gdpo_megatron.rollout.observe import FINAL_NORM, LOGITS, ObservableEngine
 
+if TYPE_CHECKING:  # which needs Megatron
+    from gdpo_megatron.policy.model import MegatronModel
+
 LOGPROBS = "log-probs"
 """Of a completion's tokens: what the engine reported, and what an update would start from."""
 
@@ -95,7 +98,7 @@ class _Observed:
 
 
 def compare_engine(
-    policy: Any,
+    policy: MegatronModel,
     engine: Any,
     folder: Path,
     checkpoint: Checkpoint,
@@ -183,11 +186,14 @@ def _observe(engine: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> 
     return _Observed(completions, {point: [them[point] for them in kept] for point in kept[0]})
 
 
-def _policy_logprobs(policy: Any, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+def _policy_logprobs(
+    policy: MegatronModel, prompt: Sequence[int], completion: Sequence[int]
+) -> Tensor:
     """Of a completion's tokens by the path of training, [tokens, 1]."""
     batching = policy.micro_batching(MicroBatchConfig(micro_batch_size=1))
     batches = make_micro_batches([(prompt, completion)], batching)
     (logprobs,) = policy.logprobs(batches, 1.0)
+    assert logprobs is not None  # of the last stage, which is the only one
     return logprobs.cpu()[batches[0].loss_mask][:, None]
 
 
