@@ -53,8 +53,10 @@ def fragile(sample):
     return 1.0 / sample.num_tokens
 """
 
-# What a clock or a machine decides.
-OF_THE_CLOCK = re.compile("time/|memory/|rollout/tokens_per_second|reward/.*/seconds|reward_suite/")
+# What a clock, a machine or the age of a process decides: the first syncs of one are checked.
+OF_THE_CLOCK = re.compile(
+    "time/|memory/|rollout/tokens_per_second|reward/.*/seconds|reward_suite/|weight_sync/"
+)
 
 
 @dataclass(frozen=True)
