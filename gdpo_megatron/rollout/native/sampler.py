@@ -22,16 +22,20 @@ _POSITION_1, _POSITION_2 = _signed(0x9E3779B1), _signed(0x85EBCA77)
 _WORD_64 = (1 << 64) - 1
 
 
-def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    """X ^= x >>> bits, in place; int32 shifts are arithmetic, so the sign bits are masked off."""
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+def _shift(x: Tensor, bits: int, out: Tensor) -> Tensor:
+    """X >>> bits into `out`; int32 shifts are arithmetic, so the sign bits are masked off."""
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Avalanche of int32 in place (Wellons' lowbias32)."""
-    x = _xor_shift(x, 16).mul_(_ODD_1)
-    x = _xor_shift(x, 15).mul_(_ODD_2)
-    return _xor_shift(x, 16)
+def _mix(x: Tensor, spare: Tensor) -> Tensor:
+    """Avalanche of int32 in place (Wellons' lowbias32); `spare` is overwritten."""
+    x.bitwise_xor_(_shift(x, 16, spare)).mul_(_ODD_1)
+    x.bitwise_xor_(_shift(x, 15, spare)).mul_(_ODD_2)
+    return x.bitwise_xor_(_shift(x, 16, spare))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    return _mix(x, torch.empty_like(x))
 
 
 def split_keys(keys: list[int], device: torch.device) -> Tensor:
@@ -59,7 +63,7 @@ class KeyedNoise:
 
     def __init__(self, vocab_size: int, device: torch.device):
         ids = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=device)
-        self._hashed_ids = _mix(ids * _POSITION_1)
+        self._hashed_ids = _mixed(ids * _POSITION_1)
 
     def gumbel(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Standard Gumbel noise, float32 [n, V].
@@ -69,13 +73,16 @@ class KeyedNoise:
             positions: int64 or int32 [n], index of the token within the completion.
         """
         positions = positions.to(torch.int32)
-        first = _mix((positions * _POSITION_1).bitwise_xor_(keys[:, 0])).unsqueeze(1)
-        second = _mix((positions * _POSITION_2).bitwise_xor_(keys[:, 1])).unsqueeze(1)
+        first = _mixed((positions * _POSITION_1).bitwise_xor_(keys[:, 0])).unsqueeze(1)
+        second = _mixed((positions * _POSITION_2).bitwise_xor_(keys[:, 1])).unsqueeze(1)
         # The first word permutes, the second multiplies: both act on every token's bits.
-        x = _mix(self._hashed_ids ^ first).mul_(second | 1)
-        x = _xor_shift(x, 16)
+        # Two buffers do: for a large vocabulary, fresh memory costs more than the arithmetic.
+        x = self._hashed_ids ^ first
+        spare = torch.empty_like(x)
+        _mix(x, spare).mul_(second | 1)
+        x.bitwise_xor_(_shift(x, 16, spare))
         # 24 bits and a half step: strictly inside (0, 1), so both logarithms are finite.
-        uniform = (x >> 8).bitwise_and_(0xFFFFFF).float().add_(0.5).mul_(2.0**-24)
+        uniform = spare.view(torch.float32).copy_(_shift(x, 8, x)).add_(0.5).mul_(2.0**-24)
         return uniform.log_().neg_().log_().neg_()
 
 
@@ -127,7 +134,9 @@ def perturbed_logits(
     """
     scaled = logits / temperature if temperature not in (0.0, 1.0) else logits
     scaled = filter_support(scaled, top_p, top_k)
-    return (scaled if temperature == 0.0 else scaled + noise.gumbel(keys, positions)), scaled
+    if temperature == 0.0:
+        return scaled, scaled
+    return noise.gumbel(keys, positions).add_(scaled), scaled
 
 
 def sample(
