@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from gdpo_megatron.rollout.native.linear import linear
 from gdpo_megatron.rollout.native.weights import LayerWeights, NativeWeights
 from gdpo_megatron.rollout.observe import (
     EMBEDDING,
@@ -26,14 +27,17 @@ from gdpo_megatron.rollout.observe import (
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split form; x [..., d], cos and sin broadcast to it."""
+    """Rotary embedding, half-split form; x [..., d], cos and sin broadcast to it.
+
+    The first half of `sin` is negative, in place of the second half of x that it multiplies.
+    """
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return (x * cos).add_(torch.cat((second, first), -1).mul_(sin))
 
 
 def _gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate).mul_(up), down)
+    gate, up = linear(x, gate_up).chunk(2, -1)
+    return linear(F.silu(gate).mul_(up), down)
 
 
 class Decoder:
@@ -53,7 +57,8 @@ class Decoder:
         ).repeat(1, 2)
         dtype = weights.embedding.dtype
         self._cos = angles.cos().to(device, dtype)
-        self._sin = angles.sin().to(device, dtype)
+        first, second = angles.sin().chunk(2, -1)
+        self._sin = torch.cat((-first, second), -1).to(device, dtype)  # see _rotate
         self._cache: Tensor | None = None
         self.on_value: OnValue | None = None
         """Told what every point of a pass has, where somebody watches."""
@@ -141,7 +146,9 @@ class Decoder:
         cos, sin = self._cos[lengths].unsqueeze(1), self._sin[lengths].unsqueeze(1)
         batch = torch.arange(n, device=tokens.device)
         visible = torch.arange(span, device=tokens.device) <= lengths.unsqueeze(1)
-        mask = visible[:, None, None, :]
+        # As numbers: from booleans, attention would make them anew in every layer.
+        mask = torch.zeros(n, span, dtype=w.embedding.dtype, device=tokens.device)
+        mask = mask.masked_fill_(~visible, float("-inf"))[:, None, None, :]
         x = self._embed(tokens)
         for index, layer in enumerate(w.layers):
             qk, v = self._project(layer, x)
@@ -163,7 +170,7 @@ class Decoder:
         """Queries and keys together, [..., n + g, d], and values, from a layer's input."""
         w, d = self.weights, self.weights.arch.head_dim
         normed = F.rms_norm(x, x.shape[-1:], layer.input_norm, w.arch.rms_norm_eps)
-        qk, v = F.linear(normed, layer.qkv, layer.qkv_bias).split(
+        qk, v = linear(normed, layer.qkv, layer.qkv_bias).split(
             [(w.num_heads + w.num_groups) * d, w.num_groups * d], -1
         )
         qk = qk.unflatten(-1, (-1, d))
@@ -174,7 +181,7 @@ class Decoder:
     def _finish_layer(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection, residual, gated MLP or experts, residual."""
         layer = self.weights.layers[index]
-        x = x + self._all_reduce(F.linear(attended, layer.o))
+        x = x + self._all_reduce(linear(attended, layer.o))
         self._report(after_attention(index), x)
         normed = F.rms_norm(x, x.shape[-1:], layer.post_norm, self.weights.arch.rms_norm_eps)
         if layer.router is not None:
@@ -190,7 +197,7 @@ class Decoder:
         moe = self.weights.arch.moe
         assert moe is not None
         tokens = x.flatten(0, -2)
-        probabilities = F.linear(tokens, router).float().softmax(-1)
+        probabilities = linear(tokens, router).float().softmax(-1)
         weights, chosen = probabilities.topk(moe.top_k, -1)
         if moe.normalize_top_k:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -218,7 +225,7 @@ class Decoder:
         w = self.weights
         normed = F.rms_norm(x, x.shape[-1:], w.final_norm, w.arch.rms_norm_eps)
         self._report(FINAL_NORM, normed)
-        logits = F.linear(normed, w.output).float()
+        logits = linear(normed, w.output).float()
         if self._group is not None:
             parts = [torch.empty_like(logits) for _ in range(self._group.size())]
             dist.all_gather(parts, logits, group=self._group)
