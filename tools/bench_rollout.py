@@ -166,8 +166,7 @@ def standalone(folder: Path, prompts: Prompts, num_tokens: int) -> Variant:
         kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
         enforce_eager=True,
         enable_prefix_caching=True,
-        # Its default executor schedules ahead in another thread, which costs more than it saves
-        # where computing is on the same cores.
+        # As in our loop; the default one schedules ahead in another thread.
         distributed_executor_backend="external_launcher",
         logprobs_mode="processed_logprobs",
         generation_config="vllm",
