@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +116,11 @@ def one_rank() -> Iterator[None]:
         platform.setup(0)
         torch.distributed.init_process_group(platform.backend)
         yield
-        torch.distributed.destroy_process_group()
+        # vLLM keeps what it made of the group, and would take it for the next one's.
+        if "vllm.distributed.parallel_state" in sys.modules:
+            sys.modules["vllm.distributed.parallel_state"].destroy_distributed_environment()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def engine_setup(folder: Path, **fields: Any) -> EngineSetup:
