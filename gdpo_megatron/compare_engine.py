@@ -160,14 +160,7 @@ def compare_engine(
 
 def _observe(engine: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> _Observed:
     """Complete prompts one at a time, in one way for each: what was drawn, and every point."""
-    sampling = SamplingParams(
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_completion_tokens=num_tokens,
-        stop=(),
-        stop_token_ids=(),
-    )
+    sampling = SamplingParams.unrestricted(num_tokens)
     kept: list[dict[str, Tensor]] = []
     completions: list[tuple[int, ...]] = []
     for index, prompt in enumerate(prompts):

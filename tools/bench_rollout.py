@@ -121,14 +121,7 @@ def in_loop(name: str) -> Callable[[Path, Prompts, int], Variant]:
         engine.wake()
         reader = HFCheckpoint(folder, arch)
         engine.load_weights(((it, reader.get(it)) for it in hf_shapes(arch)), version=0)
-        sampling = SamplingParams(
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_completion_tokens=num_tokens,
-            stop=(),
-            stop_token_ids=(),
-        )
+        sampling = SamplingParams.unrestricted(num_tokens)
 
         def answer(number: int) -> Any:
             requests = [

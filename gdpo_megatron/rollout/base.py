@@ -41,6 +41,18 @@ class SamplingParams:
     stop: tuple[str, ...]
     stop_token_ids: tuple[int, ...]
 
+    @classmethod
+    def unrestricted(cls, num_tokens: int, temperature: float = 1.0) -> SamplingParams:
+        """Of the model's whole distribution; every completion has `num_tokens` tokens."""
+        return cls(
+            temperature=temperature,
+            top_p=1.0,
+            top_k=0,
+            max_completion_tokens=num_tokens,
+            stop=(),
+            stop_token_ids=(),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:

@@ -133,14 +133,7 @@ class Canary:
         self._batching, self._temperature = batching, temperature
         room = max_sequence_length - config.num_tokens
         self._prompts = [(p.prompt_id, p.token_ids[:room]) for p in prompts[: config.num_prompts]]
-        self._sampling = SamplingParams(
-            temperature=temperature,
-            top_p=1.0,
-            top_k=0,
-            max_completion_tokens=config.num_tokens,
-            stop=(),
-            stop_token_ids=(),  # all completions have all tokens
-        )
+        self._sampling = SamplingParams.unrestricted(config.num_tokens, temperature)
         self._requests = [
             RolloutRequest(
                 request_id=i,

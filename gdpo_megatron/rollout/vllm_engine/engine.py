@@ -320,8 +320,8 @@ def _start(setup: EngineSetup) -> Any:
             enable_sleep_mode=current_platform.is_sleep_mode_available(),
             generation_config="vllm",  # not the folder's: its defaults would change the sampling
         )
-    except (ValueError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, NotImplementedError) as error:  # vLLM's own ways to refuse a model
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"rollout.engine: vllm refuses this model here: {reason}; use native"
         ) from error
