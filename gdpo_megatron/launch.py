@@ -8,7 +8,6 @@ SIGKILL when torchrun is.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,7 +19,8 @@ from types import FrameType
 
 import psutil
 
-_PR_SET_PDEATHSIG = 1
+from gdpo_megatron.processes import die_with_parent
+
 INTERRUPTED = 130
 
 
@@ -114,11 +114,6 @@ def run(options: LaunchOptions, worker: Sequence[str], *, saves: bool) -> int:
     if interrupts and code in (0, -signal.SIGKILL):
         return INTERRUPTED
     return code if code >= 0 else 128 - code  # killed by a signal: as a shell says it
-
-
-def die_with_parent(number: signal.Signals) -> None:
-    """Let the kernel send this process a signal when its parent ends, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int | None:

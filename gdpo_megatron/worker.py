@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> None:
 
     from gdpo_megatron.config.loader import load_config
     from gdpo_megatron.config.schema import RLConfig, SFTConfig
-    from gdpo_megatron.launch import die_with_parent
     from gdpo_megatron.platform import detect_platform
+    from gdpo_megatron.processes import die_with_parent
 
     die_with_parent(signal.SIGKILL)
     # The launcher has told of rows that are left out, once and not on every rank.

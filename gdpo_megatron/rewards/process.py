@@ -23,11 +23,12 @@ from selectors import EVENT_READ, BaseSelector
 
 import psutil
 
+from gdpo_megatron.processes import die_with_parent, resident_bytes
 from gdpo_megatron.rewards.pipes import Inbox, Lines, Outbox
 from gdpo_megatron.rewards.plan import Plan
-from gdpo_megatron.rewards.worker import RunningJob, Worker, resident_bytes
+from gdpo_megatron.rewards.worker import RunningJob, Worker
 
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 _TAIL_BYTES = 2000
 
 
@@ -160,7 +161,7 @@ class WorkerProcess:
 
 def _become_worker(pool: int, output: int, keep: tuple[int, ...]) -> None:
     os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     if os.getppid() != pool:
         os._exit(0)  # it ended before this could be asked for
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -21,6 +21,7 @@ from typing import Any
 from gdpo_megatron import sandbox
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.schema import RewardConfig
+from gdpo_megatron.processes import resident_bytes
 from gdpo_megatron.rewards.base import Invalid, RewardSample
 from gdpo_megatron.rewards.calls import CallTimeout, Outcome, call, call_async
 from gdpo_megatron.rewards.plan import Lane, Plan
@@ -28,7 +29,6 @@ from gdpo_megatron.rewards.resolve import ResolvedReward, resolve_rewards
 from gdpo_megatron.rewards.wire import decode_samples, encode_result, line
 
 _HEALTH_SECONDS = 0.25
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def timeout_verdict(seconds: float) -> Invalid:
@@ -205,14 +205,6 @@ class _Noted:
                 raise
             except BaseException as error:
                 step, argument = inner.throw, error
-
-
-def resident_bytes(process: int | str) -> int:
-    """Resident memory of a process; 0 when it is gone."""
-    try:
-        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * _PAGE
-    except (OSError, IndexError):
-        return 0
 
 
 def _configure_sandbox(values: Mapping[str, Any]) -> None:

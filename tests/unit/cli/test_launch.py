@@ -76,7 +76,7 @@ def test_what_the_user_set_stays_in_the_environment():
 WORKER = """
 import signal, sys, time
 from pathlib import Path
-from gdpo_megatron.launch import die_with_parent
+from gdpo_megatron.processes import die_with_parent
 here, name, seconds_deaf = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 die_with_parent(signal.SIGKILL)
 (here / f"{name}.started").touch()
