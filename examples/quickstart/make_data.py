@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdpo_megatron.tiny_model import save_tokenizer, train_bpe, write_json
+
 NUM_SFT, NUM_TRAIN, NUM_EVAL = 16384, 2048, 256
 NUM_OFFERED = 3
 MAX_VOCAB_SIZE = 1024
@@ -224,40 +226,26 @@ def make_quickstart_data(folder: Path, seed: int) -> None:
 
 def _write_tokenizer(folder: Path, texts: list[str]) -> int:
     """Train a byte-level BPE on `texts`, write its files, return the size of its vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import processors
 
-    tokenizer = Tokenizer(models.BPE())
     # A word, number or tag is cut off from the punctuation and spaces around it, so that a value
     # is the same tokens in the request, behind a space, and in the call, behind a quote.
-    pieces = Regex(r"</?\w+>|:\w+|\w+|\n|[^\w\n<]+|<")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pieces, behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    pieces = r"</?\w+>|:\w+|\w+|\n|[^\w\n<]+|<"
+    tokenizer = train_bpe(
+        texts, vocab_size=MAX_VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, pieces=pieces
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=MAX_VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
     pad, bos, eos = SPECIAL_TOKENS
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, SPECIAL_TOKENS.index(bos))]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": pad,
-        "bos_token": bos,
-        "eos_token": eos,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_POSITIONS,
-    }
-    _write_json(folder / "tokenizer_config.json", config)
+    save_tokenizer(
+        tokenizer,
+        folder,
+        pad_token=pad,
+        bos_token=bos,
+        eos_token=eos,
+        model_max_length=MAX_POSITIONS,
+    )
     return tokenizer.get_vocab_size()
 
 
@@ -284,12 +272,8 @@ def _write_model_config(folder: Path, vocab_size: int) -> None:
         "torch_dtype": "float32",
         **special,
     }
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", special)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", special)
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, str]]) -> None:
