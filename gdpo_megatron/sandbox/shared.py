@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from gdpo_megatron.config.sandbox import SandboxConfig
@@ -22,18 +21,18 @@ _sandbox: Sandbox | None = None
 _owner = 0
 
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F")
 _MARK = "__gdpo_uses_sandbox__"
 
 
 def uses_sandbox(function: F) -> F:
-    """Mark a reward that calls `shared_sandbox`: a run that has one needs a sandbox to start."""
+    """Mark what calls `shared_sandbox`, a reward or an environment: a run needs one to start."""
     setattr(function, _MARK, True)
     return function
 
 
 def is_sandbox_user(function: Any) -> bool:
-    """Whether a reward function is marked by `uses_sandbox`."""
+    """Whether a reward function or an environment is marked by `uses_sandbox`."""
     return getattr(function, _MARK, False)
 
 

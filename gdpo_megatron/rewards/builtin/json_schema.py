@@ -45,7 +45,7 @@ def schema_reward(completion: str, schema: Schema, *, tag: str | None = None) ->
     Raises:
         ValueError: see `check_schema`.
     """
-    validator = _validator(json.dumps(schema, sort_keys=True))
+    validator = validator_of(schema)
     text = _json_text(completion, tag)
     try:
         value = bounded_json.loads("" if text is None else text, max_nesting=MAX_NESTING)
@@ -61,8 +61,19 @@ def schema_reward(completion: str, schema: Schema, *, tag: str | None = None) ->
 
 def check_schema(schema: Schema) -> Schema:
     """Return the schema, or raise ValueError where it is none or refers to another document."""
-    _validator(json.dumps(schema, sort_keys=True))
+    validator_of(schema)
     return schema
+
+
+def validator_of(schema: Schema) -> Any:
+    """A validator of `jsonschema` with the changes said above; remembered.
+
+    It raises TimeoutError where a pattern takes longer than PATTERN_SECONDS.
+
+    Raises:
+        ValueError: see `check_schema`.
+    """
+    return _validator(json.dumps(schema, sort_keys=True))
 
 
 def check_schema_text(text: str) -> None:
