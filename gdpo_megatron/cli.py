@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gdpo_megatron import __version__, checkpoint_cli
+from gdpo_megatron import __version__, checkpoint_cli, data_cli
 from gdpo_megatron.checkpoint_cli import positive
 from gdpo_megatron.config.help import describe
 from gdpo_megatron.config.loader import load_config
@@ -38,6 +38,7 @@ _CHECKPOINT_COMMANDS = {
         checkpoint_cli.add_verify,
         checkpoint_cli.run_verify,
     ),
+    "data": (data_cli.SUMMARY, data_cli.add_data, data_cli.run_data),
 }
 
 
