@@ -22,6 +22,7 @@ A run is one YAML file. Every key can also be set on the command line, over the 
 ```bash
 gdpo-megatron train config.yaml --optimizer.lr 2e-6 --rollout.group_size=16
 gdpo-megatron train config.yaml --rewards.format.weight 0.5   # a reward, by its name
+gdpo-megatron eval config.yaml --eval.sets.aime.num_prompts 8   # so is an evaluation set
 ```
 
 - A value on the command line is YAML (`null`, `true`, `[a, b]`); a string needs no quotes.
@@ -30,8 +31,8 @@ gdpo-megatron train config.yaml --rewards.format.weight 0.5   # a reward, by its
 - A relative path starts at the folder of the config file that holds it; one given on the command
   line starts at the config file too.
 - In the keys that hold a path (`run_dir`, `model.hf_path`, `model.tokenizer_path`, `data.train`,
-  `data.eval`), `$NAME`, `${NAME}` and `${NAME:-default}` are filled in from the environment; `$$`
-  is a dollar sign.
+  `data.eval`, `eval.sets[].data`), `$NAME`, `${NAME}` and `${NAME:-default}` are filled in from the
+  environment; `$$` is a dollar sign.
 - Types are strict: `"3"` is no int, `yes` is no boolean (YAML 1.2). An int will do for a float, and
   `1e-6` is a number. Unknown keys, keys given twice and values out of range are errors, all of them
   reported together.

@@ -7,7 +7,7 @@
                  the config, or one InputError that lists every problem in a line
 
 Mappings merge; everything else, lists included, is replaced. On the command line a reward is
-addressed by its name: `--rewards.format.weight 0.5`.
+addressed by its name: `--rewards.format.weight 0.5`; so is an evaluation set.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.explain import explain
-from gdpo_megatron.config.fields import DERIVED, Key, keys_of
-from gdpo_megatron.config.paths import PATH_KEYS, escape_variables, expand_layer, rebase_layer
+from gdpo_megatron.config.fields import DERIVED, Key, keys_of, walk
+from gdpo_megatron.config.paths import escape_layer, expand_layer, rebase_layer
 from gdpo_megatron.errors import InputError, did_you_mean
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def load_config(root: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     data = _read_layers(path, path.parent, (), problems)
     for name, text in _split_overrides(overrides, problems):
         _apply_override(root, data, name, text, problems)
-    problems += _take_derived(data) + _check_reward_names(data)
+    problems += _take_derived(data) + _check_names(root, data)
     try:
         config = TypeAdapter(root).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
@@ -63,15 +63,10 @@ def dump_config(config: Any) -> str:
     Keys stand in the order of the classes. Fields that no file may set are left out.
     """
     data = asdict(config)
-    for path in (*PATH_KEYS, *DERIVED):
-        *sections, name = path.split(".")
-        holder = data
-        for section in sections:
-            holder = holder.get(section, {})
-        if path in DERIVED:
-            holder.pop(name, None)
-        elif isinstance(holder.get(name), str):
-            holder[name] = escape_variables(holder[name])
+    for path in DERIVED:
+        section, name = path.split(".")
+        data.get(section, {}).pop(name, None)
+    escape_layer(data)
     return yaml_text.dump(data)
 
 
@@ -130,31 +125,49 @@ def _apply_override(
 ) -> None:
     """Put one override over `data`, in place. Keys that do not exist are left to the check."""
     parts = name.split(".")
-    target, section = data, root
-    first = keys_of(root).get(parts[0])
-    if first is not None and first.is_list_of_sections and len(parts) > 1:
-        entries = {entry["name"]: entry for entry in _named_entries(data.get(parts[0]))}
-        if parts[1] not in entries:
-            kind = parts[0].removesuffix("s")
-            hint = did_you_mean(parts[1], entries)
-            problems.append(f"--{name}: no {kind} named '{parts[1]}'; {hint}")
+    target, section, above = data, root, list[str]()
+    depths = range(1, len(parts))
+    depth = next((it for it in depths if _is_list_of_sections(root, parts[:it])), None)
+    if depth is not None:
+        above, entry, parts = parts[:depth], parts[depth], parts[depth + 1 :]
+        key = _find_key(root, above)
+        assert key is not None and key.section is not None
+        entries = {it["name"]: it for it in _named_entries(_value_at(data, above))}
+        if entry not in entries:
+            kind, hint = key.name.removesuffix("s"), did_you_mean(entry, entries)
+            problems.append(f"--{name}: no {kind} named '{entry}'; {hint}")
             return
-        assert first.section is not None
-        if len(parts) == 2:
-            problems.append(f"--{name}: add one of its keys: {', '.join(keys_of(first.section))}")
+        if not parts:
+            problems.append(f"--{name}: add one of its keys: {', '.join(keys_of(key.section))}")
             return
-        target, section, parts = entries[parts[1]], first.section, parts[2:]
+        target, section = entries[entry], key.section
     try:
         value = _parse_value(_find_key(section, parts), text)
     except yaml.YAMLError as error:
         problems.append(f"--{name}: {text!r} is not YAML: {yaml_text.describe_error(error)[1]}")
         return
-    layer: dict[str, Any] = {parts[-1]: value}
-    for part in reversed(parts[:-1]):
-        layer = {part: layer}
-    if target is data:
-        expand_layer(layer, "--", problems)
+    layer = _nested(parts, value)
+    expand_layer(_nested(above, [layer]) if above else layer, "--", problems)
     _merge(target, layer)
+
+
+def _nested(parts: Sequence[str], value: Any) -> Any:
+    """`value` below the sections that a path names."""
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _value_at(data: Any, parts: Sequence[str]) -> Any:
+    """What raw data hold at a path; None where there is nothing."""
+    for part in parts:
+        data = cast("dict[str, Any]", data).get(part) if isinstance(data, dict) else None
+    return data
+
+
+def _is_list_of_sections(root: type, parts: Sequence[str]) -> bool:
+    key = _find_key(root, parts)
+    return key is not None and key.is_list_of_sections
 
 
 def _find_key(section: type | None, parts: Sequence[str]) -> Key | None:
@@ -192,15 +205,18 @@ def _named_entries(entries: Any) -> list[dict[str, Any]]:
     return [entry for entry in mappings if isinstance(entry.get("name"), str)]
 
 
-def _check_reward_names(data: Mapping[str, Any]) -> list[str]:
-    """Names address rewards on the command line and in metrics, so each is a plain word, once."""
+def _check_names(root: type, data: Mapping[str, Any]) -> list[str]:
+    """Names address entries on the command line and in metrics, so each is a plain word, once."""
     problems: list[str] = []
-    names = [entry["name"] for entry in _named_entries(data.get("rewards"))]
-    for name in dict.fromkeys(names):
-        if names.count(name) > 1:
-            problems.append(f"rewards: name '{name}' is used {names.count(name)} times")
-        if not name.replace("-", "_").isidentifier():
-            problems.append(f"rewards: name '{name}' may only hold letters, digits, _ and -")
+    for path, key in walk(root):
+        if not key.is_list_of_sections:
+            continue
+        names = [entry["name"] for entry in _named_entries(_value_at(data, path.split(".")))]
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                problems.append(f"{path}: name '{name}' is used {names.count(name)} times")
+            if not name.replace("-", "_").isidentifier():
+                problems.append(f"{path}: name '{name}' may only hold letters, digits, _ and -")
     return problems
 
 

@@ -11,10 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-PATH_KEYS = ("run_dir", "model.hf_path", "model.tokenizer_path", "data.train", "data.eval")
+PATH_KEYS = (
+    "run_dir",
+    "model.hf_path",
+    "model.tokenizer_path",
+    "data.train",
+    "data.eval",
+    "eval.sets[].data",
+)
 """Keys that hold a path."""
 
-FILE_SPEC_KEYS = ("rewards[].type", "advantage.estimator")
+FILE_SPEC_KEYS = ("rewards[].type", "eval.rewards[].type", "advantage.estimator")
 """Keys that hold a registered name or ./file.py:function."""
 
 _VARIABLE = re.compile(
@@ -128,4 +135,4 @@ def _mappings(values: list[Any]) -> list[dict[str, Any]]:
 
 
 def _items(value: Any) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else []
+    return list(cast("list[Any]", value)) if isinstance(value, list | tuple) else []

@@ -6,17 +6,20 @@ what concerns several sections, or the world outside the file, is checked in val
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import field
-from typing import Any, Literal
+from typing import Literal
 
 from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
+from gdpo_megatron.config.evaluation import EvalConfig
 from gdpo_megatron.config.fp8 import Fp8Config
 from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
 from gdpo_megatron.config.memory import MemoryConfig, RLMemoryConfig
+from gdpo_megatron.config.reward import RewardConfig
+from gdpo_megatron.config.row_fields import RowFieldsConfig
+from gdpo_megatron.config.sampling import SamplingConfig
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.section import (
     NonNegativeFloat,
@@ -103,29 +106,6 @@ class PrecisionConfig:
 
 
 @section
-class SamplingConfig:
-    """How tokens are drawn."""
-
-    temperature: NonNegativeFloat = 1.0
-    """Divides the logits; 0 means greedy."""
-
-    top_p: UnitFloat = 1.0
-    """Keep the smallest set of tokens whose probability reaches this; 1 keeps all."""
-
-    top_k: NonNegativeInt = 0
-    """Keep this many tokens; 0 keeps all."""
-
-    max_completion_tokens: PositiveInt = 256
-    """A completion is cut here, with finish_reason "length"."""
-
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion; they stay part of it."""
-
-    stop_token_ids: tuple[int, ...] | None = None
-    """Tokens that end a completion; null takes the end tokens of the model's generation config."""
-
-
-@section
 class RolloutConfig(SamplingConfig):
     """The rollout engine and what it is asked for in a step."""
 
@@ -156,37 +136,6 @@ class RolloutConfig(SamplingConfig):
 
 
 @section
-class GateConfig:
-    """Condition on another reward (paper eq. 8): below the bound, the gated reward is 0."""
-
-    reward: str
-    """Name of the reward that is looked at (its raw value)."""
-
-    gte: float
-    """The gated reward counts only where that reward is at least this."""
-
-
-@section
-class RewardConfig:
-    """One reward of the run."""
-
-    name: str
-    """Its name in metrics and messages; unique."""
-
-    type: str
-    """A registered reward, or ./file.py:function relative to the config file."""
-
-    weight: float = 1.0
-    """Its weight in the advantage; this is the weights' only home."""
-
-    args: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Keyword arguments for the reward function."""
-
-    when: GateConfig | None = None
-    """Optional condition, applied before any normalisation."""
-
-
-@section
 class RewardSuiteConfig:
     """How rewards are run."""
 
@@ -214,29 +163,22 @@ class RewardSuiteConfig:
 
 
 @section
-class DataConfig:
-    """Prompts, from jsonl or parquet; relative paths start at the config file."""
+class DataFilesConfig:
+    """The files of a run."""
 
-    train: str
-    """Rows to train on."""
+    train: str | None = None
+    """Rows to train on; `eval` alone does without."""
 
     eval: str | None = None
     """Held-out rows, same fields."""
 
-    prompt_key: str = "prompt"
-    """Field of the prompt: a string, or chat messages [{role, content}, ...]."""
 
-    answer_key: str | None = "answer"
-    """Field given to rewards as `answer`; null where there is none."""
+@section
+class DataConfig(RowFieldsConfig, DataFilesConfig):
+    """Prompts, from jsonl or parquet; relative paths start at the config file."""
 
     completion_key: str = "completion"
     """Field of the completion to imitate (sft only)."""
-
-    prompt_template: str | None = None
-    """Wraps a string prompt, with the row's fields in braces: "Q: {question} A:"."""
-
-    system_prompt: str | None = None
-    """Makes a string prompt a chat of system and user message."""
 
     max_prompt_tokens: PositiveInt | None = None
     """Longer prompts are left out and counted; null means what fits beside the completion."""
@@ -302,7 +244,7 @@ class TrainConfig(MicroBatchConfig):
     """Optimizer steps that a rollout batch is split into."""
 
     eval_interval: NonNegativeInt = 0
-    """Evaluate on data.eval every so many steps; 0 means never."""
+    """Evaluate data.eval and eval.sets every so many steps; 0 means never."""
 
 
 @section
@@ -318,20 +260,6 @@ class SFTTrainConfig(MicroBatchConfig):
     micro_batch_size: PositiveInt = 16
     """Rows of one forward and backward pass on one data-parallel rank; not used where
     max_tokens_per_micro_batch is set."""
-
-
-@section
-class EvalConfig(SamplingConfig):
-    """Held-out evaluation, `eval` and train.eval_interval alike."""
-
-    num_prompts: PositiveInt | None = None
-    """Use the first so many rows of data.eval; null means all."""
-
-    samples_per_prompt: PositiveInt = 1
-    """Completions per prompt."""
-
-    max_concurrent_sequences: PositiveInt = 256
-    """Completions that one engine decodes at a time."""
 
 
 @section
@@ -367,7 +295,7 @@ class RLConfig:
     """Folder of the run: checkpoints, metrics, rollouts, export. A run found there is resumed."""
 
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     rewards: tuple[RewardConfig, ...]
     """The rewards, each with its weight."""
 
@@ -399,7 +327,7 @@ class SFTConfig:
     """Folder of the run: checkpoints, metrics, export. A run found there is resumed."""
 
     model: ModelConfig
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
 
     seed: int = 1234
     """Of the data order and new weights."""

@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from gdpo_megatron.config.schema import GateConfig, RewardConfig
+from gdpo_megatron.config.reward import GateConfig, RewardConfig
 from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.rewards.base import REWARDS, RewardFn
 

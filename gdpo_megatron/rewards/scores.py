@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gdpo_megatron.config.schema import GateConfig
+from gdpo_megatron.config.reward import GateConfig
 from gdpo_megatron.rewards.base import (
     NOT_APPLICABLE,
     Invalid,

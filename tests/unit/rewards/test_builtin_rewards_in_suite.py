@@ -17,7 +17,7 @@ import psutil
 import pytest
 from suite_helpers import reward, rollout, suite, wait_until
 
-from gdpo_megatron.config.schema import GateConfig
+from gdpo_megatron.config.reward import GateConfig
 
 TOWER = r"9^{9^{9^{9}}}"
 NAN = math.nan

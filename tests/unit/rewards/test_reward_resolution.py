@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gdpo_megatron import registry
-from gdpo_megatron.config.schema import GateConfig, RewardConfig
+from gdpo_megatron.config.reward import GateConfig, RewardConfig
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.rewards import REWARDS, RewardSample, register_reward, resolve_rewards
 

@@ -15,7 +15,7 @@ import torch
 from suite_helpers import assert_same, mine, reward, rollout, score, suite, wait_until
 from suite_rewards import BATCH_RESULTS, FAULTS
 
-from gdpo_megatron.config.schema import GateConfig
+from gdpo_megatron.config.reward import GateConfig
 from gdpo_megatron.rewards import RewardSample
 from gdpo_megatron.rewards.scores import RewardScores
 from gdpo_megatron.rewards.suite import RewardSuite
