@@ -7,6 +7,7 @@ asks something else.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def load_prompts(
     path: str | Path,
     base_dir: Path | None = None,
     max_prompt_tokens: int,
+    reward_names: Collection[str] | None = None,
 ) -> list[Prompt]:
     """Read and tokenise the prompts of a data file, in file order.
 
@@ -46,12 +48,13 @@ def load_prompts(
         path: jsonl or parquet file; config.train or config.eval.
         base_dir: folder that a relative path starts from; default the working directory.
         max_prompt_tokens: what fits beside the completion; config.max_prompt_tokens counts too.
+        reward_names: those of the config, where the rows' own are to be checked against them.
 
     Raises:
         InputError: all problems of the file, or every prompt is too long.
     """
     limit = min(max_prompt_tokens, config.max_prompt_tokens or max_prompt_tokens)
-    rows = read_rows(config, path, base_dir=base_dir, kind="rl")
+    rows = read_rows(config, path, base_dir=base_dir, kind="rl", reward_names=reward_names)
     file = (base_dir or Path.cwd()) / path
     encoded = _encode_prompts(rows, tokenizer, file)
     prompts = [

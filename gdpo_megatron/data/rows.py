@@ -90,7 +90,8 @@ def read_rows(
     A template makes the prompt from the row's fields, and prompt_key is then not read. A row's
     `prompt_id` field names it, else its `id`, else "<file name>:<line>". Answers that are no
     strings are written as JSON; null is no answer. A row's `rewards` are the names of those that
-    apply to it. Fields that were not used become metadata.
+    apply to it. Fields that were not used become metadata, and so do these names, which the suite
+    reads there.
 
     Args:
         config: names of the fields.
@@ -189,7 +190,7 @@ class _RowParser:
             raise BadField(f"field '{key}' cannot be written as JSON: {error}") from error
 
     def _rewards(self, rest: dict[str, Any]) -> tuple[str, ...] | None:
-        value = rest.pop(REWARDS_KEY, None)
+        value = rest.get(REWARDS_KEY)
         if value is None:
             return None
         names = check_reward_names(REWARDS_KEY, value)
