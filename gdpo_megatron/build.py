@@ -13,6 +13,7 @@ import torch
 
 from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.paths import resolve_path
+from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.schema import (
     ModelConfig,
     ParallelConfig,
@@ -29,11 +30,13 @@ from gdpo_megatron.conversion.peft_writer import write_peft_folder
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh
+from gdpo_megatron.environments.pool import EnvironmentPool
 from gdpo_megatron.platform import Platform
 from gdpo_megatron.policy.lora import peft_tensors
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.weights import TensorReader
 from gdpo_megatron.rollout.base import EngineSetup, RolloutEngine, engines
+from gdpo_megatron.rollout.episodes import EnvironmentRuntime
 
 PEFT_FOLDER = "peft"
 """Beside the export of a LoRA run: its adapters alone."""
@@ -106,6 +109,24 @@ class Parts:
             vllm=config.vllm or VllmConfig(),
         )
         return engines.get(config.engine, self.base_dir)(setup), engine_mesh
+
+    def environment(
+        self, config: RolloutConfig, sandbox: SandboxConfig, engines: EngineMesh, run_dir: Path
+    ) -> EnvironmentRuntime | None:
+        """What answers the model between its turns, where the run has that."""
+        if config.environment is None:
+            return None
+        pool = None
+        if engines.tp_rank == 0:
+            pool = EnvironmentPool(
+                config.environment,
+                base_dir=self.base_dir,
+                sandbox=sandbox,
+                log_path=run_dir / f"environment_{self.mesh.rank}.log",
+            )
+        return EnvironmentRuntime(
+            config.environment, pool, self.tokenizer, engines, self.platform.device
+        )
 
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: of the generation config, else of the tokenizer."""

@@ -23,7 +23,7 @@ def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, fl
         batch: the step's rollouts.
         rollout_seconds: wall clock of generation, with the rewards that were waited for.
     """
-    lengths = batch.lengths.double()
+    lengths = batch.num_loss_tokens.double()
     num_tokens = float(batch.num_generated_tokens)
     values = {
         "rollout/num_tokens": num_tokens,
@@ -48,6 +48,20 @@ def rollout_metrics(batch: RolloutBatch, rollout_seconds: float) -> dict[str, fl
 def long_tail_metrics(batch: RolloutBatch) -> dict[str, float]:
     """What became of the groups that were asked for, where steps end before all are finished."""
     return {f"long_tail/{name}": float(batch.cut.counts[name]) for name in LONG_TAIL_COUNTS}
+
+
+def environment_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """What environments did in a step."""
+    report, num_rollouts = batch.environment, max(1, len(batch.num_turns))
+    return {
+        "environment/mean_turns": float(batch.num_turns.double().mean()),
+        "environment/mean_tokens": report.num_tokens / num_rollouts,
+        "environment/cut_share": report.num_cut / num_rollouts,
+        "environment/num_calls": float(report.num_calls),
+        "environment/num_faults": float(report.num_faults),
+        "environment/num_restarts": float(report.num_restarts),
+        "environment/seconds": report.seconds,
+    }
 
 
 def advantage_metrics(
@@ -133,6 +147,27 @@ LONG_TAIL_COUNTS = {
 }
 """Name -> unit and definition."""
 
+ENVIRONMENT_METRICS = {
+    "mean_turns": ("turns", "Turns of the model per completion."),
+    "mean_tokens": ("tokens", "Tokens per completion that are the environment's."),
+    "cut_share": ("share", "Completions that ended because max_turns was reached."),
+    "num_calls": ("turns", "Turns that environments were asked about."),
+    "num_faults": (
+        "rollouts",
+        "Rollouts without any reward, because their environment raised, was too slow or died.",
+    ),
+    "num_restarts": ("processes", "Environment processes that had to be started anew."),
+    "seconds": ("seconds", "Time of all calls of environments, in whatever process."),
+}
+"""Name -> unit and definition."""
+
+for _name, (_unit, _definition) in ENVIRONMENT_METRICS.items():
+    declare_metric(
+        f"environment/{_name}",
+        _unit,
+        f"{_definition} Only with rollout.environment.",
+        "sum" if _name.startswith("num_") or _name == "seconds" else "mean",
+    )
 for _name, (_unit, _definition) in LONG_TAIL_COUNTS.items():
     declare_metric(
         f"long_tail/{_name}",

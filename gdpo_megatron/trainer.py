@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.data.prompts import load_prompts
 from gdpo_megatron.data.sampler import PromptSampler
-from gdpo_megatron.distributed.exchange import exchange_tokens
+from gdpo_megatron.distributed.exchange import ExchangedTokens, exchange_tokens
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.evaluate import EvalResult, Evaluator
 from gdpo_megatron.interrupt import Interrupt
@@ -47,6 +47,7 @@ from gdpo_megatron.rollout.runner import RolloutBatch, run_groups, sampling_para
 from gdpo_megatron.rollout.stall import StallLimit
 from gdpo_megatron.step_metrics import (
     advantage_metrics,
+    environment_metrics,
     long_tail_metrics,
     rollout_metrics,
     update_metrics,
@@ -142,6 +143,7 @@ class GDPOTrainer:
             goes_on=lambda: goes_on_from(self.checkpoints.steps()),
         )
         self.suite = RewardSuite(
+        self.environment = parts.environment(rollout, config.sandbox, self.engines, self.run_dir)
             config.rewards,
             group_size=rollout.group_size,
             config=config.reward_suite,
@@ -152,6 +154,8 @@ class GDPOTrainer:
         if self.engines.tp_rank == 0:
             self.suite.start()  # its processes get ready while the run is
         self.advantage_config = replace(config.advantage, weights=self.suite.weights)
+            if self.environment is not None:
+                self.environment.start()
         self.evaluator = None
         if config.train.eval_interval:
             self.evaluator = Evaluator(
@@ -164,7 +168,7 @@ class GDPOTrainer:
             write_hf_files=parts.write_hf_files,
         )
         self.refill_metrics: dict[str, float] = {}
-        self._faulty_rewards: set[str] = set()
+        self._told_faults: set[str] = set()
         self.step = self.policy_version = 0
         state = self.checkpoints.load_latest(self.policy)
         if state is not None:
@@ -196,7 +200,12 @@ class GDPOTrainer:
         train, save_interval = self.config.train, self.config.checkpoint.save_interval
         start, stopping = self.step, False
         title = f"gdpo-megatron train: {self.run_dir.name}"
-        with self.metrics, self.suite, self._display(title, start) as self.display:
+        with (
+            self.metrics,
+            self.suite,
+            self.environment or nullcontext(),
+            self._display(title, start) as self.display,
+        ):
             if start:
                 self.display.message(f"resumed after step {start}")
             while self.step < train.num_steps and not stopping:
@@ -249,6 +258,8 @@ class GDPOTrainer:
         if self.config.rollout.long_tail.is_cut:
             values |= long_tail_metrics(batch)
         self._report_faults(batch)
+        if self.environment is not None:
+            values |= environment_metrics(batch)
         try:
             batch.check_invalid(self.config.reward_suite.max_invalid_fraction)
         except TooManyInvalid as error:
@@ -309,6 +320,7 @@ class GDPOTrainer:
                 num_wanted=num_groups,
                 long_tail=config.rollout.long_tail,
                 stall=self.stall,
+                environment=self.environment,
                 on_progress=self.display.progress,
                 on_generated=lambda: self.display.phase("reward"),
             )
@@ -340,11 +352,11 @@ class GDPOTrainer:
             matrix.group_ids[rows],
             {(row_of[s], name): why for (s, name), why in batch.reasons.items() if s in row_of},
         )
-        lengths = batch.lengths[rows]
+        num_tokens = batch.num_loss_tokens[rows]
         result = compute_advantages(
-            trained, self.advantage_config, lengths, base_dir=self._base_dir
+            trained, self.advantage_config, num_tokens, base_dir=self._base_dir
         )
-        values |= advantage_metrics(trained, result, lengths, self.advantage_config)
+        values |= advantage_metrics(trained, result, num_tokens, self.advantage_config)
 
         def spread(part: Tensor) -> Tensor:
             whole = part.new_zeros(len(matrix.group_ids), *part.shape[1:])
@@ -370,6 +382,7 @@ class GDPOTrainer:
             [len(prompt.token_ids) for prompt in prompts],
             lengths,
             group_size=config.rollout.group_size,
+            num_loss_tokens=batch.num_loss_tokens.tolist(),
             num_minibatches=config.train.num_minibatches_per_step,
             dp_size=mesh.dp_size,
             hidden_size=self.parts.arch.hidden_size,
@@ -425,7 +438,7 @@ class GDPOTrainer:
 
     def _exchange(
         self, batch: RolloutBatch, samples: Sequence[Sequence[Sequence[int]]], lengths: list[int]
-    ) -> dict[int, tuple[list[int], list[float]]]:
+    ) -> dict[int, ExchangedTokens]:
         """Bring each sample that is trained on to the ranks that train on it."""
         dp_rank_of = [-1] * len(lengths)
         for ranks in samples:
@@ -434,8 +447,8 @@ class GDPOTrainer:
                     dp_rank_of[sample] = dp_rank
         return exchange_tokens(
             {
-                sample: (rollout.completion.token_ids, rollout.completion.logprobs)
-                for sample, rollout in batch.rollouts.items()
+                sample: (it.completion.token_ids, it.completion.logprobs, it.loss_mask())
+                for sample, it in batch.rollouts.items()
             },
             lengths=lengths,
             replica_of=batch.replica_of,
@@ -512,15 +525,18 @@ class GDPOTrainer:
         )
 
     def _report_faults(self, batch: RolloutBatch) -> None:
-        """Show the first traceback of each reward that raises, once a run."""
-        for name, traceback in batch.report.tracebacks.items():
-            if name not in self._faulty_rewards and self.parts.mesh.rank == 0:
-                self._faulty_rewards.add(name)
-                print(
-                    f"reward '{name}' raised; such rollouts have no value of it\n{traceback}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        """Show the first traceback of each reward that raises, and of the environment, once."""
+        faults = {
+            f"reward '{name}' raised; such rollouts have no value of it": traceback
+            for name, traceback in batch.report.tracebacks.items()
+        }
+        if batch.environment.traceback:
+            raised = "the environment raised; such rollouts have no reward"
+            faults[raised] = batch.environment.traceback
+        for what, traceback in faults.items():
+            if what not in self._told_faults and self.parts.mesh.rank == 0:
+                self._told_faults.add(what)
+                print(f"{what}\n{traceback}", file=sys.stderr, flush=True)
 
     def _display(self, title: str, start: int) -> ProgressDisplay:
         return ProgressDisplay(

@@ -50,6 +50,25 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What the model wrote until an environment answered, and the answer.
+
+    Args:
+        start, end: the model's tokens, of the completion's; the answer's are from `end` to the next
+            turn's `start`.
+        text: of the model's tokens.
+        observation: the answer's text, as the model was given it; "" where the completion ends.
+        rewards: named rewards that the environment gave for the turn.
+    """
+
+    start: int
+    end: int
+    text: str
+    observation: str = ""
+    rewards: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """A prompt with one of its completions.
 
@@ -57,6 +76,10 @@ class Rollout:
     unique in the step. `policy_version` is that of the weights which finished it. Where it was
     carried over from earlier steps, `policy_versions` has (first token, version) of each span of
     its tokens, in order; not given, all are of `policy_version`.
+
+    With an environment, `turns` says which of the completion's tokens are the model's; the others
+    have log-prob 0, and `completion.text` leaves them out. `fault` says why the environment gave no
+    answer; nothing is known of such a rollout's worth.
     """
 
     group_id: int
@@ -65,10 +88,26 @@ class Rollout:
     completion: Completion
     policy_version: int
     policy_versions: tuple[tuple[int, int], ...] = ()
+    turns: tuple[Turn, ...] = ()
+    fault: str = ""
 
     def __post_init__(self) -> None:
         if not self.policy_versions:
             object.__setattr__(self, "policy_versions", ((0, self.policy_version),))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the completion that the model drew."""
+        if not self.turns:
+            return len(self.completion.token_ids)
+        return sum(turn.end - turn.start for turn in self.turns)
+
+    def loss_mask(self) -> list[bool]:
+        """For each token of the completion, whether the model drew it."""
+        mask = [not self.turns] * len(self.completion.token_ids)
+        for turn in self.turns:
+            mask[turn.start : turn.end] = [True] * (turn.end - turn.start)
+        return mask
 
 
 @dataclass(frozen=True, slots=True)

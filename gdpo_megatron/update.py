@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from gdpo_megatron.data.batching import (
     select_row_values,
 )
 from gdpo_megatron.data.micro_batching import MicroBatching, assign_rows, sequence_cost
+from gdpo_megatron.distributed.exchange import ExchangedTokens
 from gdpo_megatron.types import Prompt
 
 
@@ -32,7 +34,7 @@ class MinibatchPlan:
     Args:
         samples: sample ids of each data-parallel rank.
         row_lengths: tokens of each of them, prompt and completion.
-        num_loss_tokens: completion tokens, over all ranks.
+        num_loss_tokens: completion tokens that the model drew, over all ranks.
         num_loss_rows: rows, over all ranks.
     """
 
@@ -47,6 +49,7 @@ def plan_minibatches(
     prompt_lengths: Sequence[int],
     lengths: Sequence[int],
     *,
+    num_loss_tokens: Sequence[int] | None = None,
     group_size: int,
     num_minibatches: int,
     dp_size: int,
@@ -58,13 +61,15 @@ def plan_minibatches(
         loss_rows: [B] bool, samples that count.
         prompt_lengths: [P] tokens of each prompt.
         lengths: [B] tokens of each completion.
+        num_loss_tokens: [B] those of them that the model drew; not given, all of them.
         group_size: G.
         num_minibatches: optimizer steps of the step.
         dp_size: data-parallel ranks.
         hidden_size: of the model, for the cost of a row.
     """
+    num_loss_tokens = lengths if num_loss_tokens is None else num_loss_tokens
     plans: list[MinibatchPlan] = []
-    counted = [s for s in range(len(lengths)) if loss_rows[s] and lengths[s]]
+    counted = [s for s in range(len(lengths)) if loss_rows[s] and num_loss_tokens[s]]
     turn = {group: i for i, group in enumerate(dict.fromkeys(s // group_size for s in counted))}
     for minibatch in range(num_minibatches):
         samples = [s for s in counted if turn[s // group_size] % num_minibatches == minibatch]
@@ -74,7 +79,7 @@ def plan_minibatches(
             MinibatchPlan(
                 samples=[[samples[i] for i in rows] for rows in ranks],
                 row_lengths=[[row_lengths[i] for i in rows] for rows in ranks],
-                num_loss_tokens=sum(lengths[s] for s in samples),
+                num_loss_tokens=sum(num_loss_tokens[s] for s in samples),
                 num_loss_rows=len(samples),
             )
         )
@@ -100,7 +105,7 @@ class RolloutMicroBatch(MicroBatch):
 
 def rollout_micro_batches(
     plan: MinibatchPlan,
-    tokens: Mapping[int, tuple[Sequence[int], Sequence[float]]],
+    tokens: Mapping[int, ExchangedTokens],
     prompts: Sequence[Prompt],
     advantages: Tensor,
     *,
@@ -112,7 +117,7 @@ def rollout_micro_batches(
 
     Args:
         plan: the minibatch.
-        tokens: sample id -> (completion ids, rollout log-probs), of this rank's samples.
+        tokens: sample id -> what of its completion, of this rank's samples.
         prompts: [P] the step's prompts.
         advantages: [B].
         group_size: G.
@@ -121,7 +126,8 @@ def rollout_micro_batches(
     """
     samples = plan.samples[dp_rank]
     rows = [(prompts[s // group_size].token_ids, tokens[s][0]) for s in samples]
-    logprobs = [tokens[s][1] for s in samples]
+    masks = [tokens[s][2] for s in samples]
+    logprobs = [list(compress(tokens[s][1], tokens[s][2])) for s in samples]
     own = advantages[torch.tensor(samples, dtype=torch.int64)].float()
     return [
         RolloutMicroBatch(
@@ -134,7 +140,7 @@ def rollout_micro_batches(
             advantages=select_row_values(own, batch),
             rollout_logprobs=place_token_values(logprobs, batch),
         )
-        for batch in make_micro_batches(rows, batching, peers=plan.row_lengths)
+        for batch in make_micro_batches(rows, batching, loss_masks=masks, peers=plan.row_lengths)
     ]
 
 

@@ -11,8 +11,10 @@ from gdpo_megatron.config.section import PositiveFloat, PositiveInt, section
 
 @section
 class EnvironmentConfig:
-    """A completion is several turns of the model, with what an environment says in between. The
-    environment's tokens count for max_completion_tokens, but are no part of the loss."""
+    """A completion is several turns of the model, with what an environment says in between.
+
+    The environment's tokens count for max_completion_tokens, but are no part of the loss.
+    """
 
     type: str
     """A registered environment (tools), or ./file.py:factory relative to the config file."""

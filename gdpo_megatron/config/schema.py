@@ -11,6 +11,7 @@ from typing import Literal
 
 from gdpo_megatron.config.advantage import AdvantageConfig
 from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
+from gdpo_megatron.config.environment import EnvironmentConfig
 from gdpo_megatron.config.evaluation import EvalConfig
 from gdpo_megatron.config.fp8 import Fp8Config
 from gdpo_megatron.config.long_tail import LongTailConfig
@@ -127,6 +128,9 @@ class RolloutConfig(SamplingConfig):
     """Completions that one engine decodes at a time; bounds its KV cache."""
 
     long_tail: LongTailConfig = field(default_factory=LongTailConfig)
+
+    environment: EnvironmentConfig | None = None
+    """What answers the model between its turns; null makes a completion one turn."""
 
     stall_timeout_seconds: PositiveFloat = 600.0
     """The run is saved and stops when an engine that generates has drawn no token for so long."""

@@ -19,6 +19,9 @@ from gdpo_megatron.data.micro_batching import MicroBatching
 TokenRow = tuple[Sequence[int], Sequence[int]]
 """Token ids of a prompt (at least one) and of its completion (may be empty)."""
 
+LossMask = Sequence[bool]
+"""For each token of a completion, whether it counts; an environment's do not."""
+
 FILLER_ROW_ID = -1
 """In `MicroBatch.row_ids`: stands for no row."""
 
@@ -34,8 +37,8 @@ class MicroBatch:
         tokens: [b, S] int64.
         labels: [b, S] int64; padding holds a valid token id too.
         position_ids: [b, S] int64, 0 to S - 1.
-        loss_mask: [b, S] bool; true where the label is a completion token, its end token included.
-            It comes from lengths, never from token values.
+        loss_mask: [b, S] bool; true where the label is a completion token that the model drew, its
+            end token included. It comes from lengths and loss masks, never from token values.
         lengths: [b] int64, positions that a row takes, at least 1; the rest is padding.
         row_ids: [b] int64, index into the rows it was made from; -1 marks filler without loss.
     """
@@ -89,6 +92,7 @@ def make_micro_batches(
     rows: Sequence[TokenRow],
     batching: MicroBatching,
     *,
+    loss_masks: Sequence[LossMask] | None = None,
     peers: Sequence[Sequence[int]] = (),
     pad_token_id: int = 0,
 ) -> list[MicroBatch]:
@@ -100,30 +104,40 @@ def make_micro_batches(
     Args:
         rows: prompts and completions.
         batching: which rows share a micro-batch.
+        loss_masks: for each row; not given, all completion tokens count.
         peers: tokens of each row, of each data-parallel rank; only where `batching.same_number`.
         pad_token_id: any valid token id.
 
     Raises:
-        ValueError: a prompt is empty, so nothing predicts its completion's first token.
+        ValueError: a prompt is empty, so nothing predicts its completion's first token; or a loss
+            mask is not as long as its completion.
     """
-    for row_id, (prompt_ids, _) in enumerate(rows):
+    masks = [[True] * len(row[1]) for row in rows] if loss_masks is None else loss_masks
+    for row_id, ((prompt_ids, completion_ids), mask) in enumerate(zip(rows, masks, strict=True)):
         if not len(prompt_ids):
             raise ValueError(f"row {row_id}: the prompt has no tokens")
+        if len(mask) != len(completion_ids):
+            what = f"a loss mask of {len(mask)} for {len(completion_ids)} completion tokens"
+            raise ValueError(f"row {row_id}: {what}")
     assert peers or not batching.same_number, "the number of micro-batches of other ranks is needed"
     lengths = [len(prompt_ids) + len(completion_ids) for prompt_ids, completion_ids in rows]
     groups, multiple = batching.groups(lengths), batching.pad_to_multiple_of
     together = sorted(row_id for group in groups for row_id in group)
     assert together == list(range(len(rows))), "every row belongs to one micro-batch"
-    micro_batches = [_pad(rows, group, multiple, pad_token_id) for group in groups]
+    micro_batches = [_pad(rows, masks, group, multiple, pad_token_id) for group in groups]
     while len(micro_batches) < batching.num_micro_batches(lengths, peers):
-        filler = _pad([([pad_token_id], [])], [0], multiple, pad_token_id)
+        filler = _pad([([pad_token_id], [])], [[]], [0], multiple, pad_token_id)
         filler.row_ids.fill_(FILLER_ROW_ID)
         micro_batches.append(filler)
     return micro_batches
 
 
 def _pad(
-    rows: Sequence[TokenRow], row_ids: Sequence[int], pad_to_multiple_of: int, pad_token_id: int
+    rows: Sequence[TokenRow],
+    masks: Sequence[LossMask],
+    row_ids: Sequence[int],
+    pad_to_multiple_of: int,
+    pad_token_id: int,
 ) -> MicroBatch:
     lengths = [max(1, len(rows[i][0]) + len(rows[i][1]) - 1) for i in row_ids]
     width = -(-max(lengths) // pad_to_multiple_of) * pad_to_multiple_of
@@ -137,7 +151,7 @@ def _pad(
         end = len(sequence) - 1
         tokens[slot, :end] = sequence[:-1]
         labels[slot, :end] = sequence[1:]
-        loss_mask[slot, len(prompt_ids) - 1 : end] = True
+        loss_mask[slot, len(prompt_ids) - 1 : end] = torch.tensor(masks[row_id], dtype=torch.bool)
     return MicroBatch(
         tokens=tokens,
         labels=labels,
@@ -172,7 +186,7 @@ def place_token_values(
     """Lay values per completion token, such as rollout_logprobs, under the labels they belong to.
 
     Args:
-        values: for each row, one value per completion token.
+        values: for each row, one value per completion token that counts.
         micro_batch: b rows of S positions.
         dtype: of the result.
 
@@ -180,7 +194,7 @@ def place_token_values(
         [b, S]; 0 where loss_mask is false.
 
     Raises:
-        ValueError: a row has not one value per completion token.
+        ValueError: a row has not one value per such token.
     """
     placed = torch.zeros(micro_batch.tokens.shape, dtype=dtype)
     for slot, row_id in enumerate(micro_batch.row_ids.tolist()):
@@ -207,7 +221,7 @@ def collect_token_values(
         num_rows: how many rows they were made from.
 
     Returns:
-        For each row, [T] values of its completion tokens.
+        For each row, [T] values of its completion tokens that count.
 
     Raises:
         ValueError: a row is in no micro-batch, or in two.

@@ -129,7 +129,7 @@ class SentencePieceTokenizer(Tokenizer):
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         if self._chat_template is None:
             raise no_chat_template(self.path)
         import jinja2
@@ -146,7 +146,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise InputError(f"the chat template refuses it: {one_line(error)}") from error
-        return self.encode(text, add_special_tokens=False)
+        return text
 
     def _text_of(self, token_id: int) -> str:
         return self._text_of_added.get(token_id) or self._model.id_to_piece(token_id)

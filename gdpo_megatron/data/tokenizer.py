@@ -26,6 +26,7 @@ SPACE_SYMBOL = "\u2581"
 """What SentencePiece writes for a space."""
 
 PIECE_FILE = "tokenizer.model"
+_MARK = "\n"  # no piece of a text's words begins with it
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -71,12 +72,29 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the token ids of a conversation, up to where the assistant's turn begins.
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a conversation, up to where the assistant's turn begins.
 
         Raises:
             InputError: the tokenizer has no chat template, or its template refuses the messages.
         """
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of a conversation; see `render_chat`."""
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
+
+    def encode_further(self, text: str) -> list[int]:
+        """Return the token ids of a text that goes on from other tokens.
+
+        No special tokens, and no space that the tokenizer would put before a text by itself.
+        """
+        if not self._strips_first_space:
+            return self.encode(text, add_special_tokens=False)
+        before = self.encode(_MARK, add_special_tokens=False)
+        both = self.encode(_MARK + text, add_special_tokens=False)
+        if both[: len(before)] != before:
+            raise ValueError(f"tokenizer {self.path}: {_MARK!r} and {text[:20]!r} become one token")
+        return both[len(before) :]
 
     @property
     @abstractmethod
@@ -210,16 +228,14 @@ class HuggingFaceTokenizer(Tokenizer):
     def has_chat_template(self) -> bool:
         return self._hf.chat_template is not None
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         if not self.has_chat_template:
             raise no_chat_template(self.path)
         import jinja2
 
         try:
             return self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=True,
-                return_dict=False,
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
             )
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise InputError(f"the chat template refuses it: {one_line(error)}") from error

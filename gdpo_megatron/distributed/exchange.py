@@ -7,7 +7,8 @@ whose sizes follow from the gathered lengths. Plain tensors throughout: nothing 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,8 +63,12 @@ def gather_texts(text: str, device: torch.device) -> list[str]:
     return [bytes(row[: int(it)].tolist()).decode() for row, it in zip(texts, sizes, strict=True)]
 
 
+ExchangedTokens = tuple[list[int], list[float], list[bool]]
+"""Of a completion: token ids, log-probs, which of the tokens the model drew."""
+
+
 def exchange_tokens(
-    completions: dict[int, tuple[Sequence[int], Sequence[float]]],
+    completions: Mapping[int, tuple[Sequence[int], Sequence[float], Sequence[bool]]],
     *,
     lengths: Sequence[int],
     replica_of: Sequence[int],
@@ -71,11 +76,12 @@ def exchange_tokens(
     mesh: Mesh,
     engines: EngineMesh,
     device: torch.device,
-) -> dict[int, tuple[list[int], list[float]]]:
+) -> dict[int, ExchangedTokens]:
     """Send each completion from its engine's leader to all ranks that train on it.
 
     Args:
-        completions: sample id -> (token ids, log-probs), on the leader of the engine that made it.
+        completions: sample id -> (token ids, log-probs, loss mask), on the leader of the engine
+            that made it.
         lengths: [B] completion lengths, equal on all ranks.
         replica_of: [B] engine replica that made each sample.
         dp_rank_of: [B] data-parallel rank that trains on it; -1 for none, it is not sent.
@@ -84,7 +90,7 @@ def exchange_tokens(
         device: where the collective runs.
 
     Returns:
-        sample id -> (token ids, log-probs) of the samples of this rank's data-parallel rank.
+        sample id -> the same, of the samples of this rank's data-parallel rank.
     """
     dp_of_rank = {r: d for d in range(mesh.dp_size) for r in mesh.trainer_ranks(d)}
     # Between two ranks samples travel in the order of their ids, so no header is needed.
@@ -99,7 +105,7 @@ def exchange_tokens(
         if dp_of_rank[mesh.rank] == dp_rank:
             incoming[engines.leader(replica)].append(sample)
 
-    def swap(column: int, dtype: torch.dtype) -> list[int] | list[float]:
+    def swap(column: int, dtype: torch.dtype) -> list[Any]:
         sent = [value for ids in outgoing for i in ids for value in completions[i][column]]
         send_sizes = [sum(lengths[i] for i in ids) for ids in outgoing]
         receive_sizes = [sum(lengths[i] for i in ids) for ids in incoming]
@@ -112,12 +118,13 @@ def exchange_tokens(
         )
         return received.tolist()
 
-    tokens, logprobs = swap(0, torch.int64), swap(1, torch.float32)
-    result: dict[int, tuple[list[int], list[float]]] = {}
+    tokens, logprobs, masks = swap(0, torch.int64), swap(1, torch.float32), swap(2, torch.uint8)
+    result: dict[int, ExchangedTokens] = {}
     position = 0
     for ids in incoming:
         for sample in ids:
             end = position + lengths[sample]
-            result[sample] = (tokens[position:end], logprobs[position:end])  # pyright: ignore
+            part = slice(position, end)
+            result[sample] = tokens[part], logprobs[part], list(map(bool, masks[part]))
             position = end
     return result

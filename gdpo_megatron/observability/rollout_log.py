@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from gdpo_megatron.observability.files import write_atomically
-from gdpo_megatron.types import RewardMatrix, Rollout
+from gdpo_megatron.types import RewardMatrix, Rollout, Turn
 
 
 def write_rollouts(
@@ -72,7 +72,9 @@ def _record(
         "prompt": rollout.prompt.text,
         "completion": rollout.completion.text,
         "finish_reason": rollout.completion.finish_reason,
-        "num_tokens": len(rollout.completion.token_ids),
+        "num_tokens": rollout.num_tokens,
+        **({"turns": [_turn(turn) for turn in rollout.turns]} if rollout.turns else {}),
+        **({"fault": rollout.fault} if rollout.fault else {}),
         "rewards": {
             name: value if flag and math.isfinite(value) else None
             for name, value, flag in zip(rewards.names, values, valid, strict=True)
@@ -85,4 +87,13 @@ def _record(
             if len(rollout.policy_versions) > 1
             else {}
         ),
+    }
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    return {
+        "text": turn.text,
+        "observation": turn.observation,
+        "rewards": dict(turn.rewards),
+        "num_tokens": turn.end - turn.start,
     }

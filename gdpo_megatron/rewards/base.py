@@ -17,7 +17,7 @@ import inspect
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,6 +45,9 @@ class RewardSample:
         metadata: the row's other fields.
         num_tokens: generated tokens, the stop token included.
         finish_reason: "stop", "length" (cut at the token limit) or "abort".
+        turns: with an environment, its turns in order: each has "text" (the model's), "observation"
+            and "rewards" (name -> value; both the environment's). `completion` is the texts, joined
+            by line breaks, and `num_tokens` counts theirs alone.
     """
 
     completion: str
@@ -53,6 +56,7 @@ class RewardSample:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     num_tokens: int = 0
     finish_reason: FinishReason = "stop"
+    turns: Sequence[Mapping[str, Any]] = ()
 
 
 class NotApplicable(Enum):

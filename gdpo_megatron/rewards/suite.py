@@ -28,10 +28,11 @@ from typing import IO, Any
 
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.schema import RewardConfig, RewardSuiteConfig
-from gdpo_megatron.rewards.base import Invalid, RewardResult, RewardSample
+from gdpo_megatron.data.schema import REWARDS_KEY
+from gdpo_megatron.rewards.base import NOT_APPLICABLE, Invalid, RewardResult, RewardSample
 from gdpo_megatron.rewards.plan import Plan, lanes_of
 from gdpo_megatron.rewards.report import RewardReport
-from gdpo_megatron.rewards.resolve import resolve_rewards
+from gdpo_megatron.rewards.resolve import ResolvedReward, resolve_rewards
 from gdpo_megatron.rewards.scores import RewardScores, build_scores
 from gdpo_megatron.rewards.wire import decode_result, encode_metadata, encode_samples, line
 from gdpo_megatron.types import Rollout
@@ -45,12 +46,14 @@ class _Step:
 
     Args:
         samples: by sample_id.
+        faults: sample_id -> why no reward can judge it: an engine's or environment's doing.
         groups: group_id -> sample_ids.
         rows_of_job: sample_ids of each job; a job's number is its place.
         results: (sample_id, column) -> result, as far as they have come.
     """
 
     samples: dict[int, RewardSample]
+    faults: dict[int, Invalid]
     groups: dict[int, list[int]]
     rows_of_job: list[list[int]]
     results: dict[tuple[int, int], RewardResult]
@@ -59,7 +62,7 @@ class _Step:
 
     @classmethod
     def empty(cls) -> _Step:
-        return cls({}, {}, [], {}, Counter(), {})
+        return cls({}, {}, {}, [], {}, Counter(), {})
 
 
 class RewardSuite:
@@ -116,14 +119,22 @@ class RewardSuite:
         """Weight of each reward, by name, for the advantage stage."""
         return {reward.name: reward.weight for reward in self.rewards}
 
-    def answer_problems(self, answer: str | None) -> list[str]:
+    def answer_problems(
+        self, answer: str | None, metadata: Mapping[str, Any] | None = None
+    ) -> list[str]:
         """Say why rewards could never score this answer; called for each row when data is loaded.
+
+        Args:
+            answer: the row's.
+            metadata: its other fields; rewards that it does not name are not asked.
 
         Returns:
             One line per reward that refuses it; empty where the answer is good, or None.
         """
         problems: list[str] = []
         for reward in self.rewards:
+            if not _applies(reward, metadata or {}):
+                continue
             if reward.fn.check_answer is not None and answer is not None:
                 try:
                     reward.fn.check_answer(answer)
@@ -132,12 +143,23 @@ class RewardSuite:
         return problems
 
     def metadata_problems(self, metadata: Mapping[str, Any]) -> list[str]:
-        """Say why a row's other fields cannot be given to a reward; empty where they can."""
+        """Say why a row's other fields will not do; empty where they will.
+
+        They must be what JSON can hold, and where they name the rewards of the row, not leave out
+        the condition of one.
+        """
         try:
             encode_metadata(metadata)
         except (TypeError, ValueError) as error:
             return [f"its fields go to rewards as JSON: {error}; leave that column out"]
-        return []
+        own = [reward for reward in self.rewards if _applies(reward, metadata)]
+        names = {reward.name for reward in own}
+        return [
+            f"field '{REWARDS_KEY}' names '{reward.name}' without '{reward.when.reward}', its "
+            "condition: it would never apply; add that or leave both out"
+            for reward in own
+            if reward.when is not None and reward.when.reward not in names
+        ]
 
     # ---- processes -------------------------------------------------------------------------------
 
@@ -218,6 +240,10 @@ class RewardSuite:
         if len(group) == self._group_size:
             raise ValueError(f"group {rollout.group_id} has more than {self._group_size} rollouts")
         step.samples[sample_id] = _sample_of(rollout)
+        if rollout.completion.finish_reason == "abort":
+            step.faults[sample_id] = Invalid("completion aborted")
+        elif rollout.fault:
+            step.faults[sample_id] = Invalid("environment fault", rollout.fault)
         group.append(sample_id)
         self._send([sample_id], batch=False, stateful=False)
         if len(group) == self._group_size:
@@ -226,12 +252,14 @@ class RewardSuite:
     def _send(self, rows: list[int], *, batch: bool, stateful: bool) -> None:
         """Send the jobs of a rollout or a group: one per lane, an async lane's one per reward."""
         samples = [self._step.samples[row] for row in rows]
-        if not batch and samples[0].finish_reason == "abort":
-            return  # part of an answer: the engine's decision, not the policy's
+        if not batch and rows[0] in self._step.faults:
+            return  # part of an answer, and not by the policy's decision
         columns = [
             k
             for k, reward in enumerate(self.rewards)
-            if reward.fn.batch == batch and reward.fn.stateful == stateful
+            if reward.fn.batch == batch
+            and reward.fn.stateful == stateful
+            and _applies(reward, samples[0].metadata)  # one prompt, so all samples agree
         ]
         together: dict[int, list[int]] = {}
         alone: list[tuple[int, list[int]]] = []
@@ -260,6 +288,7 @@ class RewardSuite:
         for group in group_ids:
             for sample_id in self._step.groups.pop(group, ()):
                 del self._step.samples[sample_id]
+                self._step.faults.pop(sample_id, None)
 
     def collect(self) -> RewardScores:
         """Wait for all that was submitted since the last call, and return its scores.
@@ -314,14 +343,19 @@ class RewardSuite:
 
     def _table(self, step: _Step) -> dict[int, list[RewardResult]]:
         missing = Invalid("group incomplete", f"a batch reward needs {self._group_size} rollouts")
-        aborted = Invalid("completion aborted")
-        return {
-            row: [
-                aborted if sample.finish_reason == "abort" else step.results.get((row, k), missing)
-                for k in range(len(self.rewards))
-            ]
-            for row, sample in step.samples.items()
-        }
+
+        def result(row: int, k: int) -> RewardResult:
+            if not _applies(self.rewards[k], step.samples[row].metadata):
+                return NOT_APPLICABLE
+            return step.faults.get(row) or step.results.get((row, k), missing)
+
+        return {row: [result(row, k) for k in range(len(self.rewards))] for row in step.samples}
+
+
+def _applies(reward: ResolvedReward, metadata: Mapping[str, Any]) -> bool:
+    """Whether a row is this reward's: it names no rewards, or this one among them."""
+    names = metadata.get(REWARDS_KEY)
+    return names is None or reward.name in names
 
 
 def _pipes(pool: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
@@ -335,6 +369,10 @@ def _sample_of(rollout: Rollout) -> RewardSample:
         prompt=rollout.prompt.text,
         answer=rollout.prompt.answer,
         metadata=rollout.prompt.metadata,
-        num_tokens=len(rollout.completion.token_ids),
+        num_tokens=rollout.num_tokens,
         finish_reason=rollout.completion.finish_reason,
+        turns=[
+            {"text": it.text, "observation": it.observation, "rewards": dict(it.rewards)}
+            for it in rollout.turns
+        ],
     )

@@ -39,6 +39,7 @@ def encode_samples(samples: Sequence[RewardSample]) -> bytes:
             "metadata": sample.metadata,
             "num_tokens": sample.num_tokens,
             "finish_reason": sample.finish_reason,
+            "turns": sample.turns,
         }
         for sample in samples
     ]

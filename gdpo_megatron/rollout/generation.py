@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gdpo_megatron.rollout.base import (
@@ -18,6 +18,7 @@ from gdpo_megatron.rollout.base import (
     SamplingParams,
     noise_key,
 )
+from gdpo_megatron.rollout.episodes import Episodes
 from gdpo_megatron.rollout.failure import FailureReport
 from gdpo_megatron.rollout.long_tail import CarriedCompletion, GroupRequest, TailCut
 from gdpo_megatron.rollout.stall import StallLimit, StallWatch
@@ -61,6 +62,7 @@ class Generation:
         tail: when it is enough.
         on_progress: called with (done, total) completions of this engine.
         on_finished: called with each rollout as soon as it is finished.
+        episodes: where environments answer the model; not given, a completion is one turn.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Generation:
         tail: TailCut,
         on_progress: Callable[[int, int], None],
         on_finished: Callable[[Rollout], None],
+        episodes: Episodes | None = None,
     ):
         self.own = tuple(own)
         self._groups, self._size, self._first = groups, group_size, first_group
         self._noise, self._engine, self._tail = noise, engine, tail
+        self._episodes = episodes
         self._version = engine.policy_version
         self._on_progress, self._on_finished = on_progress, on_finished
         self._requests: dict[int, RolloutRequest] = {}
@@ -108,7 +112,12 @@ class Generation:
                 with watch.call():
                     engine.submit(requests, sampling)
                 while not self._tail.is_enough():
-                    self._poll(watch)
+                    if engine.num_unfinished:
+                        self._poll(watch)
+                    further = self._take_answers(wait=not engine.num_unfinished)
+                    if further:
+                        with watch.call():
+                            engine.submit(further, sampling)
                 with watch.call():
                     engine.abort(list(self._requests))
                 while engine.num_unfinished:
@@ -137,13 +146,26 @@ class Generation:
                     finished.append(self._finish(g, index))
                     continue
                 sample = (self._first + g) * self._size + index
-                self._requests[sample] = RolloutRequest(
-                    request_id=sample,
-                    prompt_token_ids=group.prompt.token_ids,
-                    noise_key=self._noise.key(group, index),
-                    carried=None if part is None else part.completion,
-                )
+                if self._episodes is not None:
+                    self._episodes.begin(sample, group.prompt)
+                self._request(sample, None if part is None else part.completion)
         return finished
+
+    def _request(self, sample: int, carried: Completion | None) -> RolloutRequest:
+        g, index = self._place(sample)
+        group = self._groups[g]
+        request = self._requests[sample] = RolloutRequest(
+            request_id=sample,
+            prompt_token_ids=group.prompt.token_ids,
+            noise_key=self._noise.key(group, index),
+            carried=carried,
+        )
+        return request
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """Number of a sample's group, and its own within that."""
+        g, index = divmod(sample, self._size)
+        return g - self._first, index
 
     def _poll(self, watch: StallWatch) -> None:
         with watch.call():
@@ -156,11 +178,32 @@ class Generation:
             rollout = self._take(result)
             if rollout is not None:
                 finished.append(rollout)
+        self._tell(finished)
+
+    def _tell(self, finished: Sequence[Rollout]) -> None:
         try:
             for rollout in finished:
                 self._on_finished(rollout)
         except Exception as error:  # a fault of the rewards is not the engine's
             raise _CallbackError(error) from error
+
+    def _take_answers(self, *, wait: bool) -> list[RolloutRequest]:
+        """Take what environments have answered; returns the requests that follow from it."""
+        if self._episodes is None:
+            return []
+        try:
+            answers = self._episodes.answers(wait=wait)
+        except Exception as error:  # nor is one of the environments
+            raise _CallbackError(error) from error
+        further: list[RolloutRequest] = []
+        for sample, completion, goes_on in answers:
+            place = self._place(sample)
+            self._state[place] = replace(self._state[place], completion=completion)
+            if goes_on:
+                further.append(self._request(sample, completion))
+            else:
+                self._tell([self._finish(*place)])
+        return further
 
     def _take(self, result: FinishedCompletion) -> Rollout | None:
         """Check a completion and keep it; returns it where it is finished."""
@@ -180,16 +223,18 @@ class Generation:
             or completion.logprobs[:n] != request.carried.logprobs
         ):
             raise RuntimeError(f"rollout {sample} does not begin with the {n} tokens carried to it")
-        g, index = divmod(sample, self._size)
-        g -= self._first
+        g, index = self._place(sample)
         spans = self._state[g, index].policy_versions if (g, index) in self._state else ()
-        if len(completion.token_ids) > n:
+        goes_on = bool(spans) and spans[-1][1] == result.policy_version
+        if len(completion.token_ids) > n and not goes_on:
             spans = (*spans, (n, result.policy_version))
         self._num_generated += len(completion.token_ids) - n
         if spans:
             self._state[g, index] = CarriedCompletion(completion=completion, policy_versions=spans)
         if completion.finish_reason == "abort":
             self._num_aborted += 1
+            return None
+        if self._episodes is not None and self._episodes.turn_ended(sample, completion):
             return None
         return self._finish(g, index)
 
@@ -209,13 +254,21 @@ class Generation:
         assert self._version is not None
         state = self._state.get((g, index), _NOTHING)
         versions = state.policy_versions or ((0, self._version),)
+        sample = (self._first + g) * self._size + index
+        completion, turns, fault = state.completion, (), ""
+        if self._episodes is not None:
+            turns, fault = self._episodes.turns(sample), self._episodes.fault(sample)
+            # What environments say is not the model's: no reward may find it in its words.
+            completion = replace(completion, text="\n".join(turn.text for turn in turns))
         return Rollout(
             group_id=self._first + g,
-            sample_id=(self._first + g) * self._size + index,
+            sample_id=sample,
             prompt=self._groups[g].prompt,
-            completion=state.completion,
+            completion=completion,
             policy_version=versions[-1][1],
             policy_versions=versions,
+            turns=turns,
+            fault=fault,
         )
 
     def parts(self, g: int) -> tuple[CarriedCompletion | None, ...]:

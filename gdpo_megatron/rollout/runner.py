@@ -29,6 +29,7 @@ from gdpo_megatron.rewards.report import RewardReport
 from gdpo_megatron.rewards.scores import RewardScores
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import RolloutEngine, SamplingParams
+from gdpo_megatron.rollout.episodes import EnvironmentReport, EnvironmentRuntime, Episodes
 from gdpo_megatron.rollout.failure import FailureReport, engine_failure
 from gdpo_megatron.rollout.generation import Generation, Noise
 from gdpo_megatron.rollout.long_tail import Cut, GroupRequest, TailCut, deal_groups, join_counts
@@ -46,7 +47,9 @@ class RolloutBatch:
         rollouts: sample id -> rollout, on the leader of the engine that made it; elsewhere empty.
         reasons: (sample id, reward name) -> why an entry of `rollouts` has no value.
         report: what happened while the rewards ran, over all engines; equal on all ranks.
-        lengths: [B] int64, completion tokens.
+        lengths: [B] int64, completion tokens, those of environments included.
+        num_loss_tokens: [B] int64, those of them that the model drew.
+        num_turns: [B] int64, turns of the model.
         finish: [B] int64, index into ("stop", "length", "abort").
         rewards: [B, K] with conditions applied.
         raw: [B, K] before the conditions; NaN where there is no score.
@@ -54,12 +57,15 @@ class RolloutBatch:
         replica_of: [B], the engine replica that made each.
         num_generated_tokens: completion tokens that the engines drew, unused ones included.
         cut: the groups that were asked for and are not here.
+        environment: what environments did, over all engines.
     """
 
     rollouts: dict[int, Rollout]
     reasons: dict[tuple[int, str], str]
     report: RewardReport
     lengths: Tensor
+    num_loss_tokens: Tensor
+    num_turns: Tensor
     finish: Tensor
     rewards: RewardMatrix
     raw: Tensor
@@ -67,6 +73,7 @@ class RolloutBatch:
     replica_of: list[int]
     num_generated_tokens: int
     cut: Cut
+    environment: EnvironmentReport
 
     @classmethod
     def joined(cls, rounds: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -79,6 +86,8 @@ class RolloutBatch:
             reasons={key: why for r in rounds for key, why in r.reasons.items()},
             report=RewardReport.over_rounds([r.report for r in rounds]),
             lengths=torch.cat([r.lengths for r in rounds]),
+            num_loss_tokens=torch.cat([r.num_loss_tokens for r in rounds]),
+            num_turns=torch.cat([r.num_turns for r in rounds]),
             finish=torch.cat([r.finish for r in rounds]),
             rewards=RewardMatrix(
                 matrices[0].names,
@@ -91,6 +100,7 @@ class RolloutBatch:
             replica_of=[replica for r in rounds for replica in r.replica_of],
             num_generated_tokens=sum(r.num_generated_tokens for r in rounds),
             cut=Cut.joined([r.cut for r in rounds]),
+            environment=EnvironmentReport.joined([r.environment for r in rounds]),
         )
 
     def check_invalid(self, max_fraction: float) -> None:
@@ -148,6 +158,7 @@ def run_groups(
     first_group: int = 0,
     num_wanted: int | None = None,
     long_tail: LongTailConfig | None = None,
+    environment: EnvironmentRuntime | None = None,
     stall: StallLimit | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_generated: Callable[[], None] = lambda: None,
@@ -167,6 +178,7 @@ def run_groups(
         first_group: number of the batch's first group, where a step samples in several rounds.
         num_wanted: groups that the batch is to have; all unless given.
         long_tail: when generation ends; not given, when all is finished.
+        environment: what answers the model between its turns.
         stall: when generation counts as stalled; not given, never.
         on_progress: called with (done, total) completions of this engine.
         on_generated: called when all engines are done and only rewards are waited for.
@@ -190,6 +202,10 @@ def run_groups(
     )
     if leads:
         suite.start()
+    episodes = None
+    if environment is not None:
+        environment.start()
+        episodes = Episodes(environment, sampling.max_completion_tokens)
     generation = Generation(
         groups,
         [g for g, replica in enumerate(replica_of) if replica == engines.replica],
@@ -200,9 +216,12 @@ def run_groups(
         tail=tail,
         on_progress=on_progress,
         on_finished=suite.submit if leads else lambda rollout: None,
+        episodes=episodes,
     )
     failure = generation.run(sampling, stall, rank=dist.get_rank(), replica=engines.replica)
-    cut = _agree(generation, failure, groups, replica_of, engines, long_tail, platform)
+    cut, report = _agree(
+        generation, episodes, failure, groups, replica_of, engines, long_tail, platform
+    )
     on_generated()
     rollouts, scores = dict[int, Rollout](), None
     if leads:
@@ -231,23 +250,26 @@ def run_groups(
         first_group + torch.arange(len(cut.kept) * group_size) // group_size,
         [replica_of[g] for g in cut.kept for _ in range(group_size)],
         cut,
+        report,
         platform,
     )
 
 
 def _agree(
     generation: Generation,
+    episodes: Episodes | None,
     failure: FailureReport | None,
     groups: Sequence[GroupRequest],
     replica_of: Sequence[int],
     engines: EngineMesh,
     config: LongTailConfig,
     platform: Platform,
-) -> Cut:
+) -> tuple[Cut, EnvironmentReport]:
     """What all engines did, told to all ranks; raises on all of them where one failed."""
     own: dict[str, Any] = {"failure": failure.as_json() if failure is not None else None}
     if failure is None and engines.tp_rank == 0:
         own |= generation.outcome(carries=config.max_carried_steps > 0)
+        own["environment"] = {} if episodes is None else episodes.report().as_json()
     told = [json.loads(text) for text in gather_texts(json.dumps(own), platform.device)]
     failures = [it["failure"] for it in told if it["failure"] is not None]
     if failures:
@@ -256,7 +278,8 @@ def _agree(
     carried = sorted(g for it in leaders for g in it["carried"])
     kept = sorted(g for it in leaders for g in it["kept"])
     returned = [g for g in range(len(groups)) if g not in {*kept, *carried}]
-    return Cut(
+    reports = [EnvironmentReport(**it["environment"]) for it in leaders]
+    cut = Cut(
         kept=tuple(kept),
         returned=tuple(returned),
         carried=tuple(
@@ -276,6 +299,7 @@ def _agree(
             "num_groups_resumed": sum(g.steps_carried > 0 for g in groups),
         },
     )
+    return cut, EnvironmentReport.joined(reports)
 
 
 def _gather(
@@ -287,6 +311,7 @@ def _gather(
     group_ids: Tensor,
     replica_of: list[int],
     cut: Cut,
+    environment: EnvironmentReport,
     platform: Platform,
 ) -> RolloutBatch:
     ids, num_samples = sorted(rollouts), len(group_ids)
@@ -297,11 +322,13 @@ def _gather(
             (
                 len(rollouts[i].completion.token_ids),
                 _REASONS.index(rollouts[i].completion.finish_reason),
+                rollouts[i].num_tokens,
+                max(1, len(rollouts[i].turns)),
             )
             for i in ids
         ],
         dtype=torch.int64,
-    ).reshape(-1, 2)
+    ).reshape(-1, 4)
     empty = torch.empty(0, len(names))
     columns = [
         empty.double() if scores is None else scores.values,
@@ -321,6 +348,8 @@ def _gather(
         reasons=dict(reasons),
         report=RewardReport.over_engines([RewardReport(**json.loads(it)) for it in reports]),
         lengths=facts[:, 0],
+        num_loss_tokens=facts[:, 2],
+        num_turns=facts[:, 3],
         finish=facts[:, 1],
         rewards=RewardMatrix(names, values, valid, group_ids),
         raw=raw,
@@ -328,4 +357,5 @@ def _gather(
         replica_of=replica_of,
         num_generated_tokens=int(cut.counts["num_generated_tokens"]),
         cut=cut,
+        environment=environment,
     )

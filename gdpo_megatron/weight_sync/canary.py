@@ -158,7 +158,7 @@ class Canary:
         lengths = gather_by_sample(list(own), counts, num_samples, device).tolist()
         dp_rank_of = [sample % mesh.dp_size for sample in range(num_samples)]
         tokens = exchange_tokens(
-            {s: (it.token_ids, it.logprobs) for s, it in own.items()},
+            {s: (it.token_ids, it.logprobs, [True] * len(it.token_ids)) for s, it in own.items()},
             lengths=lengths,
             replica_of=[sample // number for sample in range(num_samples)],
             dp_rank_of=dp_rank_of,

@@ -27,7 +27,7 @@ def exchange(
                     replica_of = [r % engines.num_replicas for r in step["replica_of"]]
                     dp_rank_of = [d if d < 0 else d % mesh.dp_size for d in step["dp_rank_of"]]
                     own = {
-                        s: (tokens, logprobs)
+                        s: (tokens, logprobs, [token % 3 > 0 for token in tokens])
                         for s, (tokens, logprobs) in enumerate(step["completions"])
                         if engines.leader(replica_of[s]) == mesh.rank
                     }

@@ -96,7 +96,8 @@ def check_exchange(
             due = [s for s, d in enumerate(rank["dp_rank_of"]) if d == rank["dp_rank"]]
             assert sorted(rank["received"]) == due, where
             for sample in due:
-                tokens, logprobs = rank["received"][sample]
+                tokens, logprobs, mask = rank["received"][sample]
+                assert mask == [token % 3 > 0 for token in tokens], where
                 assert tokens == step["completions"][sample][0], where
                 assert same(logprobs, step["completions"][sample][1]), where
 

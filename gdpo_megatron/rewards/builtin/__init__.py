@@ -2,6 +2,7 @@
 
 from gdpo_megatron.rewards.builtin import (
     code,
+    environment,
     gsm8k,
     json_schema,
     length,
@@ -16,6 +17,7 @@ from gdpo_megatron.rewards.builtin import (
 
 __all__ = [
     "code",
+    "environment",
     "gsm8k",
     "json_schema",
     "length",

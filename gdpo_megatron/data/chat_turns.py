@@ -1,0 +1,80 @@
+"""The tokens that an environment's answer becomes, between two turns of the model.
+
+What the model drew stays as it drew it: nothing is decoded and encoded again. Only the answer is
+encoded, with what the chat template puts around it: the end of the assistant's message, the message
+of the answer, the beginning of the assistant's next one.
+"""
+
+from __future__ import annotations
+
+from gdpo_megatron.data.tokenizer import Tokenizer
+from gdpo_megatron.errors import InputError
+
+_TURN = "ASSISTANT-TURN"
+_CUT = "\n... (cut)"
+
+
+class ObservationEncoder:
+    """Encodes observations.
+
+    Args:
+        tokenizer: of the policy.
+        role: of the message that an observation becomes; None appends the text as it is.
+        max_tokens: of an observation's text.
+
+    Raises:
+        InputError: a role, but the tokenizer has no chat template, or one that refuses the role or
+            does not show the message.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, role: str | None, max_tokens: int):
+        self._tokenizer, self._role, self._max_tokens = tokenizer, role, max_tokens
+        self._cut_tokens = len(tokenizer.encode_further(_CUT))
+        if role is not None:
+            try:
+                shown = self._around("OBSERVATION")
+            except InputError as error:
+                problems = [f"rollout.environment.observation_role: {it}" for it in error.problems]
+                raise InputError(problems) from error
+            if "OBSERVATION" not in shown:
+                raise InputError(
+                    f"rollout.environment.observation_role: the chat template of "
+                    f"{tokenizer.path} leaves out a message of role '{role}'"
+                )
+
+    def encode(self, observation: str, last_token_id: int) -> tuple[list[int], str]:
+        """Return the tokens that follow a turn, and the observation's text as it was given.
+
+        Args:
+            observation: its text.
+            last_token_id: the turn's last token; where the template puts the same one first, the
+                model has already written it.
+        """
+        observation = self._cut(observation)
+        text = observation if self._role is None else self._around(observation)
+        token_ids = self._tokenizer.encode_further(text)
+        if self._role is not None and token_ids[:1] == [last_token_id]:
+            del token_ids[0]
+        return token_ids, observation
+
+    def _cut(self, observation: str) -> str:
+        token_ids = self._tokenizer.encode_further(observation)
+        if len(token_ids) <= self._max_tokens:
+            return observation
+        kept = token_ids[: max(0, self._max_tokens - self._cut_tokens)]
+        return self._tokenizer.decode(kept, skip_special_tokens=False).rstrip("\ufffd") + _CUT
+
+    def _around(self, observation: str) -> str:
+        """The template's text from the end of the assistant's words on."""
+        messages = [
+            {"role": "user", "content": "USER-TURN"},
+            {"role": "assistant", "content": _TURN},
+            {"role": self._role, "content": observation},
+        ]
+        _, mark, after = self._tokenizer.render_chat(messages).partition(_TURN)
+        if not mark or _TURN in after:
+            raise InputError(
+                f"the chat template of {self._tokenizer.path} does not show an assistant's words "
+                "once, as they are"
+            )
+        return after
