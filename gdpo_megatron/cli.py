@@ -21,12 +21,16 @@ from gdpo_megatron.config.loader import load_config
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.launch import INTERRUPTED, LaunchOptions, run
+from gdpo_megatron.planning.arguments import PLAN_SUMMARY, add_plan
 
 _JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], str]] = {
     "train": (RLConfig, "train with GDPO, or another estimator"),
     "sft": (SFTConfig, "supervised fine-tuning"),
-    "eval": (RLConfig, "rewards of a model on held-out prompts"),
+    "eval": (RLConfig, "rewards and accuracy of a model on held-out sets"),
 }
+_UNITS = {"train": "step", "sft": "step", "eval": "chunk"}
+"""What a job finishes when it is interrupted."""
+
 _CHECKPOINT_COMMANDS = {
     "convert": (
         checkpoint_cli.CONVERT_SUMMARY,
@@ -73,6 +77,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--nnodes", type=positive, default=1, help="nodes (1)")
         command.add_argument("--node-rank", type=int, help="number of this node, from 0")
         command.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of the first node")
+    add_plan(
+        commands.add_parser(
+            "plan",
+            help=PLAN_SUMMARY,
+            description=f"{PLAN_SUMMARY[0].upper()}{PLAN_SUMMARY[1:]}.",
+            allow_abbrev=False,
+        )
+    )
     _add_generate(commands)
     _add_doctor(commands)
     for name, (summary, add, _) in _CHECKPOINT_COMMANDS.items():
@@ -112,6 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if options.command in _JOBS:
             sys.exit(_run_job(options, rest))
+        if options.command == "plan":
+            from gdpo_megatron.planning.cli import run_plan  # torch takes seconds
+
+            sys.exit(run_plan(options, rest))
         if rest:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         if options.command == "generate":
@@ -153,7 +169,7 @@ def _run_job(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.command != "eval" and options.node_rank in (None, 0):
         for line in record_config(config, base_dir):
             print(line)
-    return run(launch, [options.command, str(path), *overrides], saves=options.command != "eval")
+    return run(launch, [options.command, str(path), *overrides], unit=_UNITS[options.command])
 
 
 def _launch_options(options: argparse.Namespace) -> LaunchOptions:

@@ -75,13 +75,13 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     return {"TOKENIZERS_PARALLELISM": "false", **detect_platform().environment, **inherited}
 
 
-def run(options: LaunchOptions, worker: Sequence[str], *, saves: bool) -> int:
+def run(options: LaunchOptions, worker: Sequence[str], *, unit: str) -> int:
     """Start the ranks of this node and wait for them.
 
     Args:
         options: ranks of the job.
         worker: arguments of gdpo_megatron.worker.
-        saves: an interrupted job saves first; else the first Ctrl-C ends it at once.
+        unit: what an interrupted job finishes and saves first, for the message.
 
     Returns:
         Exit code: 0 done, 130 interrupted (and saved), otherwise a rank failed.
@@ -98,8 +98,8 @@ def run(options: LaunchOptions, worker: Sequence[str], *, saves: bool) -> int:
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += 1
-        if interrupts == 1 and saves:
-            print("\nfinishing the step and saving; once more ends at once", file=sys.stderr)
+        if interrupts == 1:
+            print(f"\nfinishing the {unit} and saving; once more ends at once", file=sys.stderr)
         else:
             process.kill()  # the workers die with it
 

@@ -51,6 +51,7 @@ class CrossEntropy:
 def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
     """The `sft` job; resumes from the run folder. Returns whether it is complete."""
     run_dir, mesh, train = resolve_path(base_dir, config.run_dir), parts.mesh, config.train
+    assert config.data.train is not None, "validation requires data.train"
     rows = load_sft_rows(
         config.data,
         parts.tokenizer,

@@ -29,7 +29,7 @@ from gdpo_megatron.data.prompts import load_prompts
 from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.distributed.exchange import ExchangedTokens, exchange_tokens
 from gdpo_megatron.errors import InputError
-from gdpo_megatron.evaluate import EvalResult, Evaluator
+from gdpo_megatron.evaluation.evaluator import Evaluation, Evaluator
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatches
 from gdpo_megatron.observability.progress import ProgressDisplay
@@ -82,6 +82,7 @@ class GDPOTrainer:
         self.config, self.parts, self._base_dir = config, parts, base_dir
         self.run_dir = resolve_path(base_dir, config.run_dir)
         rollout, mesh = config.rollout, parts.mesh
+        assert config.data.train is not None, "validation requires data.train"
         self.prompts = load_prompts(
             config.data,
             parts.tokenizer,
@@ -142,8 +143,8 @@ class GDPOTrainer:
             folder=self.run_dir,
             goes_on=lambda: goes_on_from(self.checkpoints.steps()),
         )
-        self.suite = RewardSuite(
         self.environment = parts.environment(rollout, config.sandbox, self.engines, self.run_dir)
+        self.suite = RewardSuite(
             config.rewards,
             group_size=rollout.group_size,
             config=config.reward_suite,
@@ -153,9 +154,9 @@ class GDPOTrainer:
         )
         if self.engines.tp_rank == 0:
             self.suite.start()  # its processes get ready while the run is
-        self.advantage_config = replace(config.advantage, weights=self.suite.weights)
             if self.environment is not None:
                 self.environment.start()
+        self.advantage_config = replace(config.advantage, weights=self.suite.weights)
         self.evaluator = None
         if config.train.eval_interval:
             self.evaluator = Evaluator(
@@ -257,9 +258,9 @@ class GDPOTrainer:
         values = rollout_metrics(batch, time.perf_counter() - rollout_began) | self.refill_metrics
         if self.config.rollout.long_tail.is_cut:
             values |= long_tail_metrics(batch)
-        self._report_faults(batch)
         if self.environment is not None:
             values |= environment_metrics(batch)
+        self._report_faults(batch)
         try:
             batch.check_invalid(self.config.reward_suite.max_invalid_fraction)
         except TooManyInvalid as error:
@@ -319,8 +320,8 @@ class GDPOTrainer:
                 first_group=len(prompts),
                 num_wanted=num_groups,
                 long_tail=config.rollout.long_tail,
-                stall=self.stall,
                 environment=self.environment,
+                stall=self.stall,
                 on_progress=self.display.progress,
                 on_generated=lambda: self.display.phase("reward"),
             )
@@ -381,8 +382,8 @@ class GDPOTrainer:
             advantages.loss_rows,
             [len(prompt.token_ids) for prompt in prompts],
             lengths,
-            group_size=config.rollout.group_size,
             num_loss_tokens=batch.num_loss_tokens.tolist(),
+            group_size=config.rollout.group_size,
             num_minibatches=config.train.num_minibatches_per_step,
             dp_size=mesh.dp_size,
             hidden_size=self.parts.arch.hidden_size,
@@ -472,11 +473,16 @@ class GDPOTrainer:
 
     # ---- around it ---------------------------------------------------------------------------
 
-    def _evaluate(self) -> EvalResult:
+    def _evaluate(self) -> Evaluation:
         assert self.evaluator is not None
         with self._phase("eval"):
             self._sync()
-            result = self.evaluator.run(self.display.progress)
+            result = self.evaluator.run(
+                f"step_{self.step:08d}",
+                {"step": self.step, "policy_version": self.policy_version},
+                goes_on=False,
+                on_progress=self.display.progress,
+            )
             self.engine.sleep()
         return result
 

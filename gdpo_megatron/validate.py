@@ -21,11 +21,12 @@ from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
 from gdpo_megatron.data.chat_turns import ObservationEncoder
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
-from gdpo_megatron.data.rows import MAX_PROBLEMS, read_rows
+from gdpo_megatron.data.rows import DataRow, read_rows
+from gdpo_megatron.data.schema import REWARDS_KEY
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
-from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.environments.resolve import environment_factory
+from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.platform.vllm_versions import vllm_problems
 from gdpo_megatron.rewards.resolve import ResolvedReward
@@ -41,6 +42,8 @@ from gdpo_megatron.sandbox import (
     configure,
     is_sandbox_user,
 )
+from gdpo_megatron.types import Prompt
+from gdpo_megatron.validate_eval import eval_checks, eval_rewards, row_problems
 from gdpo_megatron.validate_fp8 import fp8_problems
 from gdpo_megatron.validate_layout import divides, layout_problems
 from gdpo_megatron.validate_lora import lora_problems
@@ -80,6 +83,7 @@ def _checks(
     arch: ModelArchitecture | None = None
     tokenizer: Tokenizer | None = None
     suite: RewardSuite | None = None
+    only_evaluated: list[ResolvedReward] = []
 
     def load_arch() -> None:
         nonlocal arch
@@ -100,6 +104,10 @@ def _checks(
         assert isinstance(config, RLConfig)
         group_size = config.rollout.group_size
         suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
+
+    def load_eval_rewards() -> None:
+        assert isinstance(config, RLConfig)
+        only_evaluated.extend(eval_rewards(config, base_dir))
 
     yield _megatron
     yield lambda: _run_dir(job, config, base_dir)
@@ -123,12 +131,13 @@ def _checks(
         yield lambda: _engine(config, found, world_size, base_dir)
     configure(config.sandbox)  # answers are checked by its rules
     yield load_rewards
+    yield load_eval_rewards
     if suite is not None:
-        rewards = suite.rewards
+        rewards = (*suite.rewards, *only_evaluated)
         yield lambda: _sandbox(config, rewards)
+    yield lambda: _environment(config, base_dir, tokenizer, config.rewards)
     yield lambda: _run(config, job)
     if job == "train":
-    yield lambda: _environment(config, base_dir, tokenizer, config.rewards)
         yield lambda: long_tail_problems(
             config.rollout.long_tail,
             num_prompts=config.rollout.num_prompts_per_step,
@@ -137,11 +146,8 @@ def _checks(
             dynamic_filter=config.dynamic_sampling.filter,
         )
         yield lambda: _estimator(config, base_dir)
-        longest = config.rollout.max_completion_tokens
-        yield lambda: _prompts(config, base_dir, config.data.train, longest, tokenizer, suite)
-    if config.data.eval is not None:
-        path, limit = config.data.eval, config.eval.max_completion_tokens
-        yield lambda: _prompts(config, base_dir, path, limit, tokenizer, suite)
+        yield lambda: _prompts(config, base_dir, tokenizer, suite)
+    yield from eval_checks(job, config, base_dir, tokenizer)
 
 
 def _megatron() -> None:
@@ -226,8 +232,6 @@ def _engine(
     return problems
 
 
-def _run(config: RLConfig, job: str) -> list[str]:
-    problems: list[str] = []
 def _environment(
     config: RLConfig, base_dir: Path, tokenizer: Tokenizer | None, rewards: Sequence[RewardConfig]
 ) -> list[str]:
@@ -253,21 +257,15 @@ def _environment(
     return []
 
 
-    sections = {"eval": config.eval} | ({"rollout": config.rollout} if job == "train" else {})
-    for name, section in sections.items():
-        if section.max_completion_tokens >= config.model.max_sequence_length and (
-            name == "rollout" or config.data.eval is not None
-        ):
-            problems.append(
-                f"{name}.max_completion_tokens {section.max_completion_tokens} leaves no room for "
-                f"a prompt in model.max_sequence_length {config.model.max_sequence_length}"
-            )
-    if job == "eval" or config.train.eval_interval:
-        if config.data.eval is None:
-            what = "eval" if job == "eval" else "train.eval_interval"
-            problems.append(f"data.eval: {what} needs a file of held-out rows")
+def _run(config: RLConfig, job: str) -> list[str]:
     if job != "train":
-        return problems
+        return []
+    problems: list[str] = []
+    if config.rollout.max_completion_tokens >= config.model.max_sequence_length:
+        problems.append(
+            f"rollout.max_completion_tokens {config.rollout.max_completion_tokens} leaves no room "
+            f"for a prompt in model.max_sequence_length {config.model.max_sequence_length}"
+        )
     rollout, train = config.rollout, config.train
     primary, names = config.dynamic_sampling.primary_reward, [r.name for r in config.rewards]
     if primary is not None and primary not in names:
@@ -347,45 +345,59 @@ def _optimizer(config: RLConfig | SFTConfig, job: str) -> list[str]:
 
 
 def _prompts(
-    config: RLConfig,
-    base_dir: Path,
-    path: str,
-    max_completion_tokens: int,
-    tokenizer: Tokenizer | None,
-    suite: RewardSuite | None,
+    config: RLConfig, base_dir: Path, tokenizer: Tokenizer | None, suite: RewardSuite | None
 ) -> list[str]:
-    """Read a data file as the workers will; without tokenizer or room, only its rows."""
-    room = config.model.max_sequence_length - max_completion_tokens
+    """Read data.train as the workers will; without tokenizer or room, only its rows."""
+    path = config.data.train
+    if path is None:
+        return ["data.train: missing; train needs a file of rows"]
+    room = config.model.max_sequence_length - config.rollout.max_completion_tokens
+    names = [reward.name for reward in config.rewards]
     if tokenizer is None or room < 1:
-        rows = read_rows(config.data, path, base_dir=base_dir, kind="rl")
+        rows = read_rows(config.data, path, base_dir=base_dir, kind="rl", reward_names=names)
     else:
         rows = load_prompts(
-            config.data, tokenizer, path=path, base_dir=base_dir, max_prompt_tokens=room
+            config.data,
+            tokenizer,
+            path=path,
+            base_dir=base_dir,
+            max_prompt_tokens=room,
+            reward_names=names,
         )
-    if suite is None:
-        return []
-    problems = [
-        f"{resolve_path(base_dir, path)}, row '{row.prompt_id}': {problem}"
-        for row in rows
-        for problem in (
-            *suite.answer_problems(row.answer),
-            *suite.metadata_problems(row.metadata),
-        )
-    ]
-    if len(problems) > MAX_PROBLEMS:
-        more = f"{resolve_path(base_dir, path)}: {len(problems) - MAX_PROBLEMS} more problems"
-        problems[MAX_PROBLEMS:] = [more]
+    problems = _own_rewards(config, base_dir, path, rows)
+    if suite is not None:
+        problems += row_problems(resolve_path(base_dir, path), rows, suite)
     return problems
 
 
+def _own_rewards(
+    config: RLConfig, base_dir: Path, path: str, rows: Sequence[DataRow | Prompt]
+) -> list[str]:
+    """Rows that leave rewards out cannot be trained on where nothing may be missing."""
+    names = {reward.name for reward in config.rewards}
+    leave_out = [
+        row.prompt_id for row in rows if names - set(row.metadata.get(REWARDS_KEY) or names)
+    ]
+    if config.advantage.missing != "error" or not leave_out:
+        return []
+    return [
+        f"advantage.missing is 'error', but in {resolve_path(base_dir, path)} row '{leave_out[0]}' "
+        f"(and {len(leave_out) - 1} others) leaves rewards out by its field '{REWARDS_KEY}'; "
+        "missing: exclude is for such data"
+    ]
+
+
 def _sft_data(config: SFTConfig, base_dir: Path, tokenizer: Tokenizer | None) -> None:
+    path = config.data.train
+    if path is None:
+        raise InputError("data.train: missing; sft needs a file of rows")
     if tokenizer is None:
-        read_rows(config.data, config.data.train, base_dir=base_dir, kind="sft")
+        read_rows(config.data, path, base_dir=base_dir, kind="sft")
         return
     load_sft_rows(
         config.data,
         tokenizer,
-        path=config.data.train,
+        path=path,
         base_dir=base_dir,
         max_sequence_length=config.model.max_sequence_length,
     )

@@ -34,11 +34,9 @@ def _sft(config: SFTConfig, base_dir: Path, parts: Any) -> None:
 
 
 def _eval(config: RLConfig, base_dir: Path, parts: Any) -> None:
-    from gdpo_megatron.evaluate import run_eval
+    from gdpo_megatron.evaluation.job import run_eval
 
-    result = run_eval(config, base_dir, parts)
-    if parts.mesh.rank == 0:
-        print(result.as_text(), flush=True)
+    run_eval(config, base_dir, parts)
 
 
 JOBS: dict[str, Callable[[Any, Path, Any], None]] = {"train": _train, "sft": _sft, "eval": _eval}
@@ -53,8 +51,7 @@ def leave_out_warnings() -> None:
 def main(arguments: list[str]) -> None:
     """Run one rank of a job."""
     job, config_path, *overrides = arguments
-    if job != "eval":  # which has nothing to save
-        note_signals()
+    note_signals()
 
     from gdpo_megatron.config.loader import load_config
     from gdpo_megatron.config.schema import RLConfig, SFTConfig

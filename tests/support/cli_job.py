@@ -18,11 +18,11 @@ class Job:
 
     Args:
         folder: where it is.
-        started: (launch options, worker arguments, saves) of each start.
+        started: (launch options, worker arguments, unit) of each start.
     """
 
     folder: Path
-    started: list[tuple[LaunchOptions, list[str], bool]] = field(default_factory=list)
+    started: list[tuple[LaunchOptions, list[str], str]] = field(default_factory=list)
 
     def edit(self, changes: Mapping[str, Any], name: str = "config.yaml") -> None:
         """Set dotted keys of a config; None removes one."""

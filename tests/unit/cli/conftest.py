@@ -43,8 +43,8 @@ def job(
         [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(5)], "pairs.jsonl"
     )
 
-    def start(options: LaunchOptions, worker: Sequence[str], *, saves: bool) -> int:
-        job.started.append((options, list(worker), saves))
+    def start(options: LaunchOptions, worker: Sequence[str], *, unit: str) -> int:
+        job.started.append((options, list(worker), unit))
         return 0
 
     monkeypatch.setattr(cli, "run", start)

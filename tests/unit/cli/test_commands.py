@@ -48,8 +48,8 @@ def test_help_names_every_command(run_cli: Cli):
 def test_overrides_reach_the_workers_as_they_were_given(job: Job, run_cli: Cli):
     overrides = ["--rewards.right.weight=-0.5", "--data.prompt_template", "Q: {prompt} A:"]
     assert run_cli("train", "--nproc", "2", "config.yaml", *overrides).code == 0
-    ((options, worker, saves),) = job.started
-    assert worker == ["train", "config.yaml", *overrides] and saves
+    ((options, worker, unit),) = job.started
+    assert worker == ["train", "config.yaml", *overrides] and unit == "step"
     assert (options.nproc, options.nnodes, options.node_rank) == (2, 1, None)
 
 

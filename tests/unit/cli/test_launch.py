@@ -116,7 +116,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_with(script: Callable[[], None], *worker: str, saves: bool = True) -> int:
+def run_with(script: Callable[[], None], *worker: str) -> int:
     """`run`, while another thread plays what happens meanwhile."""
     errors: list[BaseException] = []
 
@@ -133,7 +133,7 @@ def run_with(script: Callable[[], None], *worker: str, saves: bool = True) -> in
 
     thread = threading.Thread(target=play)
     thread.start()
-    code = run(LaunchOptions(), worker, saves=saves)
+    code = run(LaunchOptions(), worker, unit="step")
     thread.join()
     if errors:
         raise errors[0]
@@ -167,14 +167,14 @@ def test_the_exit_code_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPatch, cod
     command = [sys.executable, "-c", f"raise SystemExit({code})"]
     monkeypatch.setattr(launch, "torchrun_command", lambda options, worker: command)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    assert run(LaunchOptions(), [], saves=True) == code
+    assert run(LaunchOptions(), [], unit="step") == code
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
 
 
 def test_ended_by_a_signal_is_told_as_a_shell_does(monkeypatch: pytest.MonkeyPatch):
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
     monkeypatch.setattr(launch, "torchrun_command", lambda options, worker: command)
-    assert run(LaunchOptions(), [], saves=True) == 137
+    assert run(LaunchOptions(), [], unit="step") == 137
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -227,19 +227,6 @@ def test_a_second_interrupt_ends_everything_that_was_started(stand_in: Path):
     assert not all_exist(stand_in, "saved")
 
 
-def test_a_job_that_saves_nothing_ends_at_the_first_interrupt(stand_in: Path):
-    (stand_in / "stuck").touch()
-    started: list[psutil.Process] = []
-
-    def script() -> None:
-        wait_until(lambda: all_exist(stand_in, "listens"))
-        started.extend(family(stand_in))
-        interrupt()
-        assert_gone(started)
-
-    assert run_with(script, "0", saves=False) == 130
-
-
 def test_workers_do_not_outlive_a_killed_torchrun(stand_in: Path):
     started: list[psutil.Process] = []
 
@@ -260,7 +247,7 @@ sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from gdpo_megatron import launch
 torchrun = [sys.executable, {str(stand_in / "torchrun.py")!r}, {str(stand_in)!r}, "0"]
 launch.torchrun_command = lambda options, worker: torchrun
-launch.run(launch.LaunchOptions(), [], saves=True)
+launch.run(launch.LaunchOptions(), [], unit="step")
 """
     with subprocess.Popen([sys.executable, "-c", launcher]) as process:
         wait_until(lambda: all_exist(stand_in, "listens"))
