@@ -34,11 +34,9 @@ def test_there_are_examples():
     assert len(CONFIGS) >= 5
 
 
-@pytest.mark.parametrize("name", ["stories/gdpo.yaml", "gsm8k/cpu.yaml"])
-def test_example_on_assets_is_valid(name: str):
+def test_example_on_assets_is_valid():
     needed("models/stories260K")
-    needed("data/gsm8k")
-    path = ROOT / "examples" / name
+    path = ROOT / "examples/stories/gdpo.yaml"
     validate("train", _load(path), path.parent, world_size=2)
 
 

@@ -1,7 +1,7 @@
 """The paper's runs: each full config passes every check that needs no GPU, and the forms compare.
 
 Models are folders of the published shapes without weights, data a few rows in the prepared schema,
-so layouts, batch arithmetic, sequence lengths, rewards and their conditions, answers, headers of the
+so layouts, batch arithmetic, sequence lengths, rewards and their conditions, answers, headers of
 weight files and memory keys are checked as `train` does before it starts a rank. Not covered: that
 vLLM is installed, memory and speed at this size, and that anything is learned.
 """

@@ -1,0 +1,76 @@
+"""What a small model is shown before RL: short answers in each task's form, some of them spoilt.
+
+A model of a million parameters solves none of these tasks. It can learn their form, so the answers
+are short, many are right, and every third is wrong in a way that a reward sees: then rewards differ
+within a group and move. Made from prepared rows alone, the same for the same rows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+Row: TypeAlias = Mapping[str, Any]
+"""A prepared row: prompt, answer, and where there is one its solution."""
+
+_TOOL_CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
+_CALCULATION = re.compile(r"<<.*?>>")
+
+_HEDGES = ("", "Let me think about this. ", "Let me think. Wait, is that so? Let me try again. ")
+
+_PROGRAMS = (
+    "print(input())",
+    "for _ in range(int(input())):\n    print('YES')",
+    "n = int(input())\nprint(n)",
+    "print('NO')",
+    "a, b = map(int, input().split())\nprint(a + b)",
+    "for _ in range(int(input())):\n    print(input())",
+    "n = int(input())\nprint(sum(map(int, input().split())))",
+    "print(min(map(int, input().split()))",
+    "for _ in range(int(input())):\n    print(0)",
+)
+"""Programs that read their input without understanding it; the last but one does not compile."""
+
+
+def tool_call(row: Row, number: int) -> str | None:
+    """The gold's calls behind one line of thought; every third lacks the thought."""
+    calls = _TOOL_CALL.search(row["answer"])
+    if calls is None:
+        return None
+    names = [json.loads(line)["name"] for line in calls[1].splitlines()]
+    thought = "" if number % 3 == 2 else f"<think> I call {', '.join(names)}. </think>\n"
+    return f"{thought}{calls[0]}"
+
+
+def gsm8k(row: Row, number: int) -> str:
+    """The solution and its number; every third leaves out a tag or adds a word to the number."""
+    steps, _, _ = row["solution"].partition("####")
+    thought = _CALCULATION.sub("", steps).strip().splitlines()[-1]
+    answer = row["answer"].replace(",", "")
+    if number % 6 == 2:
+        return f"<think>{thought}\n<answer>{answer}</answer>"
+    if number % 6 == 5:
+        return f"<think>{thought}</think>\n<answer>{answer} in all</answer>"
+    return f"<think>{thought}</think>\n<answer>{answer}</answer>"
+
+
+def math(row: Row, number: int) -> str:
+    """The boxed answer, behind none, one or several sentences that say nothing."""
+    return f"{_HEDGES[number % 3]}The answer is $\\boxed{{{row['answer']}}}$."
+
+
+def code(row: Row, number: int) -> str:
+    """One of a few short programs, whatever is asked."""
+    program = _PROGRAMS[number % len(_PROGRAMS)]
+    return f"{_HEDGES[number // len(_PROGRAMS) % 3]}\n```python\n{program}\n```".lstrip()
+
+
+WARM_STARTS: dict[str, Callable[[Row, int], str | None]] = {
+    "tool_calling": tool_call,
+    "gsm8k": gsm8k,
+    "math": math,
+    "code": code,
+}
+"""Task -> the completion to imitate for a row and its number; None leaves the row out."""
