@@ -117,7 +117,6 @@ def _add_overlap_options(command: argparse.ArgumentParser) -> None:
 
 def _run_prepare(options: argparse.Namespace) -> int:
     from gdpo_megatron.data.tokenizer import load_tokenizer
-    from gdpo_megatron.observability.progress import ProgressDisplay
 
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)
     keys = {"prompt_key": options.prompt_key, "answer_key": options.answer_key}
@@ -141,21 +140,32 @@ def _run_prepare(options: argparse.Namespace) -> int:
         limit=options.limit,
         overwrite=options.overwrite,
     )
-    display = ProgressDisplay(len(settings.inputs), 0, "gdpo-megatron data prepare", unit="file")
-    done: list[Path] = []
-
-    def progress(path: Path, position: int, total: int) -> None:
-        if not done or done[-1] != path:
-            done.append(path)
-            display.phase(path.name)
-        display.progress(position, total)
-        if position == total:
-            display.step_done(len(done), {})
-
-    with display:
+    progress = _ShownProgress(len(settings.inputs))
+    with progress.display:
         prepared = prepare(settings, tokenizer, progress=progress)
     print(summary_table(prepared))
     return 0
+
+
+class _ShownProgress:
+    """Files, and how much of the current one is read."""
+
+    def __init__(self, num_files: int):
+        from gdpo_megatron.observability.progress import ProgressDisplay
+
+        self.display = ProgressDisplay(num_files, 0, "gdpo-megatron data prepare", unit="file")
+        self._num_done = 0
+        self._file: Path | None = None
+
+    def advance(self, path: Path, done: int, total: int) -> None:
+        if path != self._file:
+            self._file = path
+            self.display.phase(path.name)
+        self.display.progress(done, total)
+
+    def file_done(self, path: Path) -> None:
+        self._num_done += 1
+        self.display.step_done(self._num_done, {})
 
 
 def summary_table(prepared: Prepared) -> str:

@@ -1,9 +1,9 @@
 """Formats of data sets: how a row of a file becomes one of the schema.
 
 A format is a function of a row that returns the fields of the schema that it knows (`prompt` and
-`answer`; `id` where the row has one of its own) and whatever else is to be kept. What it cannot read
-it refuses with `BadField`. Each names the reward whose check says whether an answer can be scored,
-the same that a run makes when it loads its data.
+`answer`; `id` where the row has one of its own) and whatever else is to be kept. What it cannot
+read it refuses with `BadField`. Each names the reward whose check says whether an answer can be
+scored, the same that a run makes when it loads its data.
 
 `FORMATS` is the table; a format of one's own is `./file.py:function` or an entry point.
 """
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gdpo_megatron.data.schema import BadField, describe
+from gdpo_megatron.data.schema import SCHEMA_KEYS, BadField, describe
 from gdpo_megatron.errors import did_you_mean
 from gdpo_megatron.registry import Registry
 
@@ -100,6 +100,13 @@ def _text_of(row: Row, *keys: str) -> str:
     return value
 
 
+def _rest(row: Row, *used: str) -> dict[str, Any]:
+    """The row's other fields; those named as one of the schema's are put below `original`."""
+    others = _without(row, *used)
+    original = {key: others.pop(key) for key in SCHEMA_KEYS & others.keys()}
+    return {**others, "original": original} if original else others
+
+
 def _without(row: Row, *keys: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in keys}
 
@@ -111,7 +118,7 @@ def _json_of(value: Any) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise BadField(f"tests are not JSON: {error}") from error
+        raise BadAnswer(f"tests are not JSON: {error}") from error
 
 
 # ---- the formats ---------------------------------------------------------------------------------
@@ -133,7 +140,7 @@ def toolrl(row: Row) -> dict[str, Any]:
     if end and _TOOL_TAG.search(thinking):
         answer = _TOOL_TAG.sub("", thinking) + end + rest
         repaired = {"repaired": "tags in the answer's thinking text are taken out"}
-    kept = _without(row, "prompt", "ground_truth", "reward_model", "extra_info", "data_source")
+    kept = _rest(row, "prompt", "ground_truth", "reward_model", "extra_info", "data_source")
     return {**kept, "prompt": _first_of(row, "prompt"), "answer": answer, **repaired}
 
 
@@ -151,7 +158,7 @@ def gsm8k(row: Row) -> dict[str, Any]:
     gold = _GSM8K_GOLD.search(solution)
     if gold is None or solution.count("####") > 1:
         raise BadAnswer(f"answer must end in '#### N', once; it ends in {solution[-30:]!r}")
-    rest = _without(row, "question", "answer")
+    rest = _rest(row, "question", "answer")
     return {
         **rest,
         "prompt": _text_of(row, "question"),
@@ -169,7 +176,7 @@ def math(row: Row) -> dict[str, Any]:
     """Mathematics. Without an answer, it is the last box of the solution, as in MATH."""
     solution = row.get("solution")
     solution = solution if isinstance(solution, str) and solution.strip() else None
-    rest = _without(row, "problem", "question", "answer", "solution")
+    rest = _rest(row, "problem", "question", "answer", "solution")
     if solution is not None:
         rest["solution"] = solution
     return {
@@ -216,7 +223,7 @@ def code(row: Row, *, unwrap_outputs: bool = False) -> dict[str, Any]:
         raise BadAnswer(f"tests must be an object, are {describe(tests)}")
     answer = _code_tests(tests, "class Solution" in str(prompt), unwrap_outputs)
     used = ("prompt", "problem", "question", "reward_model", "ground_truth", "tests")
-    return {**_without(row, *used), "prompt": prompt, "answer": answer}
+    return {**_rest(row, *used), "prompt": prompt, "answer": answer}
 
 
 def _code_tests(tests: Row, in_class: bool, unwrap_outputs: bool) -> str:
@@ -296,7 +303,7 @@ def humaneval(row: Row) -> dict[str, Any]:
     used = ("prompt", "test", "entry_point", "task_id", "canonical_solution")
     solution = row.get("canonical_solution")
     return {
-        **_without(row, *used),
+        **_rest(row, *used),
         "id": _text_of(row, "task_id"),
         "prompt": prompt,
         "answer": json.dumps(answer, ensure_ascii=False),
@@ -318,7 +325,7 @@ def mbpp(row: Row) -> dict[str, Any]:
     prompt = f"{_text_of(row, 'text')}\nIt has to pass these tests:\n\n" + "\n".join(asserts)
     used = ("text", "test_list", "test_setup_code", "task_id", "code")
     return {
-        **_without(row, *used),
+        **_rest(row, *used),
         "id": f"mbpp/{_first_of(row, 'task_id')}",
         "prompt": prompt,
         "problem": _text_of(row, "text"),

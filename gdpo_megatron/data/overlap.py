@@ -1,9 +1,9 @@
 """Which rows are the same, and which are in the evaluation sets: by normalised text and n-grams.
 
-Two texts are equal where they are the same characters after Unicode composition, with runs of blanks
-as one. For leaks, case is ignored as well, and a text that is not equal may still share most of its
-n-grams of words with an evaluation problem: reworded, cut, or with an instruction around it. The
-share is of the n-grams of the shorter of the two, so a problem within a longer text is found as well.
+Two texts are equal where they are the same characters after Unicode composition, each run of blanks
+taken as one. For leaks, case is ignored as well, and a text that is not equal may still share most
+of its n-grams of words with an evaluation problem: reworded, cut, or with an instruction around it.
+The share is of the n-grams of the shorter text, so a problem inside of a longer one is found.
 """
 
 from __future__ import annotations

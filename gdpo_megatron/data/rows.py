@@ -194,11 +194,12 @@ class _RowParser:
         if value is None:
             return None
         names = check_reward_names(REWARDS_KEY, value)
-        for name in names if self._reward_names is not None else ():
-            if name not in self._reward_names:
+        known = names if self._reward_names is None else self._reward_names
+        for name in names:
+            if name not in known:
                 raise BadField(
                     f"field '{REWARDS_KEY}': the config has no reward named '{name}'; "
-                    f"{did_you_mean(name, self._reward_names)}"
+                    f"{did_you_mean(name, known)}"
                 )
         return names
 

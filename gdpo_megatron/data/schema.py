@@ -15,7 +15,7 @@ Any further field goes to rewards as metadata. Runs read these files with the de
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,6 +225,5 @@ def _check_json(fields: Mapping[str, Any]) -> None:
             raise BadField(f"field '{key}' cannot be written as JSON: {error}") from error
 
 
-def prepared_keys() -> Iterator[str]:
-    """The fields that the schema names."""
-    return iter(_CHECKS)
+SCHEMA_KEYS: frozenset[str] = frozenset(_CHECKS)
+"""The fields that the schema names."""
