@@ -15,17 +15,15 @@ from pathlib import Path
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.paths import resolve_path
-from gdpo_megatron.config.schema import RewardConfig, RLConfig, SFTConfig
+from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture, NoModel
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
-from gdpo_megatron.data.chat_turns import ObservationEncoder
 from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import DataRow, read_rows
 from gdpo_megatron.data.schema import REWARDS_KEY
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
-from gdpo_megatron.environments.resolve import environment_factory
 from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.platform.vllm_versions import vllm_problems
@@ -43,6 +41,7 @@ from gdpo_megatron.sandbox import (
     is_sandbox_user,
 )
 from gdpo_megatron.types import Prompt
+from gdpo_megatron.validate_environment import environment_problems
 from gdpo_megatron.validate_eval import eval_checks, eval_rewards, row_problems
 from gdpo_megatron.validate_fp8 import fp8_problems
 from gdpo_megatron.validate_layout import divides, layout_problems
@@ -135,7 +134,7 @@ def _checks(
     if suite is not None:
         rewards = (*suite.rewards, *only_evaluated)
         yield lambda: _sandbox(config, rewards)
-    yield lambda: _environment(config, base_dir, tokenizer, config.rewards)
+    yield lambda: environment_problems(config, base_dir, tokenizer, config.rewards)
     yield lambda: _run(config, job)
     if job == "train":
         yield lambda: long_tail_problems(
@@ -230,31 +229,6 @@ def _engine(
     if rollout.engine == "vllm":
         problems += [f"rollout.engine: {problem}" for problem in vllm_problems()]
     return problems
-
-
-def _environment(
-    config: RLConfig, base_dir: Path, tokenizer: Tokenizer | None, rewards: Sequence[RewardConfig]
-) -> list[str]:
-    environment, tail = config.rollout.environment, config.rollout.long_tail
-    if environment is None:
-        return [
-            f"rewards '{it.name}': type environment needs rollout.environment"
-            for it in rewards
-            if it.type == "environment"
-        ]
-    environment_factory(environment.type, environment.args, base_dir)
-    if tokenizer is not None:
-        ObservationEncoder(
-            tokenizer,
-            role=environment.observation_role,
-            max_tokens=environment.max_observation_tokens,
-        )
-    if tail.is_cut:
-        return [
-            "rollout.environment and rollout.long_tail: a completion of several turns cannot be "
-            "broken off and carried over; set one of the two to its default"
-        ]
-    return []
 
 
 def _run(config: RLConfig, job: str) -> list[str]:

@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from gdpo_megatron.environments.base import ENVIRONMENTS, EnvironmentStep, Task
 from gdpo_megatron.environments.tools.base import (
@@ -57,11 +57,14 @@ class ToolsEnvironment:
         base_dir: folder of the config, from which `./file.py:factory` starts.
 
     Attributes:
+        reward_names: of the rewards that every turn has.
         longest_step_seconds: that programs of the model may take in one step; 0 without any.
 
     Raises:
         InputError: no such tool, or an argument out of range.
     """
+
+    reward_names: ClassVar = REWARD_NAMES
 
     def __init__(
         self,
