@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
 """ChatML: what Qwen's models read. Unlike theirs it adds no system message of its own."""
 
 # A word keeps the space before it, a digit stands alone, so that numbers are spelt in one way.
-_PIECES = r"\p{N}| ?[\p{L}_]+|\n+| ?[^\s\p{L}\p{N}_]+|[^\S\n]+"
+PIECES = r"\p{N}| ?[\p{L}_]+|\n+| ?[^\s\p{L}\p{N}_]+|[^\S\n]+"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,12 @@ def save_tokenizer(tokenizer: Any, folder: Path, **config: Any) -> None:
 
 
 def save_chat_tokenizer(
-    folder: Path, texts: Iterable[str], *, vocab_size: int, max_positions: int
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    max_positions: int,
+    pieces: str = PIECES,
 ) -> int:
     """Train a tokenizer with special tokens and chat template as Qwen's, and write its files.
 
@@ -103,7 +108,7 @@ def save_chat_tokenizer(
     """
     pad, _, end = SPECIAL_TOKENS
     tokenizer = train_bpe(
-        texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, pieces=_PIECES
+        texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, pieces=pieces
     )
     save_tokenizer(
         tokenizer,
@@ -117,7 +122,12 @@ def save_chat_tokenizer(
 
 
 def make_tiny_model(
-    folder: Path, texts: Iterable[str], *, vocab_size: int, shape: TinyShape | None = None
+    folder: Path,
+    texts: Iterable[str],
+    *,
+    vocab_size: int,
+    shape: TinyShape | None = None,
+    pieces: str = PIECES,
 ) -> int:
     """Write a model folder without weights: config, generation config, tokenizer.
 
@@ -126,6 +136,7 @@ def make_tiny_model(
         texts: what the tokenizer is trained on; the same texts give the same bytes.
         vocab_size: at most so many tokens.
         shape: of the model; default TinyShape().
+        pieces: regular expression; tokens never cross the border of two of its matches.
 
     Returns:
         The size of the vocabulary.
@@ -133,7 +144,11 @@ def make_tiny_model(
     shape = shape or TinyShape()
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = save_chat_tokenizer(
-        folder, texts, vocab_size=vocab_size, max_positions=shape.max_positions
+        folder,
+        texts,
+        vocab_size=vocab_size,
+        max_positions=shape.max_positions,
+        pieces=pieces,
     )
     pad, _, end = (SPECIAL_TOKENS.index(token) for token in SPECIAL_TOKENS)
     special = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": pad}
