@@ -66,3 +66,12 @@ def needs_a_number(number: int) -> Echo:
 
 def no_environment() -> object:
     return object()
+
+
+class FailsForSome(Echo):
+    """Raises for turns of odd length."""
+
+    def step(self, turn: str) -> EnvironmentStep:
+        if len(turn) % 2:
+            raise ValueError("an odd turn")
+        return super().step(turn)

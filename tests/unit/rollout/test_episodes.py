@@ -7,7 +7,7 @@ ranks (tests/distributed), and a model that learns something (examples/calculato
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,11 @@ from gdpo_megatron.rollout.base import FinishedCompletion, RolloutEngine, Rollou
 from gdpo_megatron.rollout.episodes import EnvironmentRuntime
 from gdpo_megatron.rollout.long_tail import GroupRequest
 from gdpo_megatron.rollout.runner import RolloutBatch, run_groups
-from gdpo_megatron.types import Completion, Prompt, Rollout
+from gdpo_megatron.types import Prompt, Rollout
 from gdpo_megatron.update import plan_minibatches, rollout_micro_batches
 
 HERE = Path(__file__).parent
-G, NUM_GROUPS = 4, 16
+G = 4
 REWARDS = ("turns", "last_turn", "longest")
 
 
@@ -159,8 +159,8 @@ def trained_tokens(batch: RolloutBatch, prompts: list[Prompt]) -> dict[int, tupl
 
 
 @pytest.mark.parametrize(
-    ("folder_name", "role"),
-    [("stories_folder", None), ("chat_model_folder", "tool")],
+    ("folder_name", "role", "num_groups", "max_completion_tokens"),
+    [("stories_folder", None, 15, 240), ("chat_model_folder", "tool", 22, 480)],
     ids=["SentencePiece, plain text", "byte-level, chat template"],
 )
 def test_a_thousand_turns_keep_their_tokens(
@@ -169,22 +169,24 @@ def test_a_thousand_turns_keep_their_tokens(
     request: pytest.FixtureRequest,
     folder_name: str,
     role: str | None,
+    num_groups: int,
+    max_completion_tokens: int,
 ):
     folder: Path = request.getfixturevalue(folder_name)
     tokenizer = load_tokenizer(folder)
     engine = Recording(native_engine(folder, max_sequence_length=512, version=3))
-    stops = range(0, tokenizer.vocab_size, 6)
+    stops = range(0, tokenizer.vocab_size, 4)
     batch = run(
         engine,
         tokenizer,
         suite,
-        num_groups=NUM_GROUPS,
-        max_completion_tokens=480,
+        num_groups=num_groups,
+        max_completion_tokens=max_completion_tokens,
         stop_token_ids=stops,
         max_turns=100,
         observation_role=role,
     )
-    prompts = [batch.rollouts[g * G].prompt for g in range(NUM_GROUPS)]
+    prompts = [batch.rollouts[g * G].prompt for g in range(num_groups)]
     trained = trained_tokens(batch, prompts)
     num_turns = num_awkward = 0
     for sample, rollout in batch.rollouts.items():
@@ -221,3 +223,81 @@ def test_a_thousand_turns_keep_their_tokens(
     assert report.num_faults == 0 and report.num_tokens == sum(
         len(r.completion.token_ids) - r.num_tokens for r in batch.rollouts.values()
     )
+
+
+@pytest.fixture
+def engine(chat_model_folder: Path) -> RolloutEngine:
+    return native_engine(chat_model_folder, max_sequence_length=512, version=3)
+
+
+def small_run(engine: Any, folder: Path, suite: RewardSuite, **options: Any) -> list[Rollout]:
+    defaults = {"num_groups": 2, "max_completion_tokens": 300, "stop_token_ids": range(0, 300, 4)}
+    batch = run(engine, load_tokenizer(folder), suite, **(defaults | options))
+    return [rollout for _, rollout in sorted(batch.rollouts.items())]
+
+
+def test_an_environment_ends_an_episode_and_its_rewards_are_the_runs(
+    alone: None, engine: Any, chat_model_folder: Path, suite: RewardSuite
+):
+    batch = run(
+        engine,
+        load_tokenizer(chat_model_folder),
+        suite,
+        num_groups=2,
+        max_completion_tokens=400,
+        stop_token_ids=range(0, 300, 4),
+        args={"num_turns": 3},
+    )
+    for row, (_, rollout) in enumerate(sorted(batch.rollouts.items())):
+        assert len(rollout.turns) == 3 and rollout.completion.finish_reason == "stop"
+        assert rollout.turns[-1].observation == "" and rollout.turns[0].observation
+        assert rollout.turns[-1].end == len(rollout.completion.token_ids)
+        texts = [turn.text for turn in rollout.turns]
+        assert rollout.completion.text == "\n".join(texts)
+        values = dict(zip(batch.rewards.names, batch.rewards.values[row].tolist(), strict=True))
+        lengths = [float(len(text)) for text in texts]
+        assert values == {"turns": 3.0, "last_turn": lengths[-1], "longest": max(lengths)}
+        assert rollout.policy_versions == ((0, 3),)
+    assert batch.num_turns.tolist() == [3] * 8
+    assert batch.environment.num_calls == 24 and batch.environment.num_cut == 0
+
+
+def test_turns_and_tokens_have_limits(
+    alone: None, engine: Any, chat_model_folder: Path, suite: RewardSuite
+):
+    few = small_run(engine, chat_model_folder, suite, max_turns=2)
+    assert [len(rollout.turns) for rollout in few] == [2] * 8
+    assert all(rollout.completion.finish_reason == "stop" for rollout in few)
+    short = small_run(engine, chat_model_folder, suite, max_completion_tokens=60, max_turns=100)
+    for rollout, other in zip(short, few, strict=True):
+        # It ends with the model's words: an observation that leaves it no token is left out.
+        assert rollout.completion.finish_reason == "length"
+        assert rollout.turns[-1].end == len(rollout.completion.token_ids) <= 60
+        assert rollout.loss_mask()[-1]
+        # The noise is the completion's: limits do not change what comes before them.
+        both = min(rollout.turns[0].end, other.turns[0].end)
+        assert rollout.completion.token_ids[:both] == other.completion.token_ids[:both]
+    assert any(len(rollout.turns) > 1 for rollout in short)
+
+
+def test_a_fault_leaves_the_row_without_rewards(
+    alone: None, engine: Any, chat_model_folder: Path, suite: RewardSuite
+):
+    batch = run(
+        engine,
+        load_tokenizer(chat_model_folder),
+        suite,
+        num_groups=2,
+        max_completion_tokens=300,
+        stop_token_ids=range(0, 300, 4),
+        factory="FailsForSome",
+        max_turns=2,
+    )
+    faulty = [s for s, rollout in batch.rollouts.items() if rollout.fault]
+    assert 0 < len(faulty) < 8 and batch.environment.num_faults == len(faulty)
+    assert "ValueError: an odd turn" in batch.environment.traceback
+    for sample in range(8):
+        valid = batch.rewards.valid[sample].tolist()
+        assert valid == [sample not in faulty] * 3, sample
+    why = batch.reasons[faulty[0], "turns"]
+    assert why.startswith("environment fault: environment raised: ValueError")
