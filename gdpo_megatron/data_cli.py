@@ -60,6 +60,11 @@ def _add_prepare(command: argparse.ArgumentParser) -> None:
         metavar="NAME,NAME",
         help="the config's rewards that apply to these rows (all)",
     )
+    command.add_argument(
+        "--check-answers",
+        metavar="TYPE",
+        help="type of the reward that must be able to read the answers (the format's)",
+    )
     command.add_argument("--limit", type=positive, help="write the first so many good rows")
     _add_prompt_options(command)
     _add_overlap_options(command)
@@ -126,6 +131,7 @@ def _run_prepare(options: argparse.Namespace) -> int:
         inputs=tuple(options.inputs),
         output=options.output,
         format_args={**arguments, **dict(options.set)},
+        check_answers=options.check_answers,
         source=options.source,
         rewards=options.rewards,
         prompt_template=options.prompt_template,

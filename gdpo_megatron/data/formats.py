@@ -90,7 +90,8 @@ def _first_of(row: Row, *keys: str) -> Any:
             return value_of(row, key)
         except BadField:
             continue
-    raise BadField(f"no field {' or '.join(map(repr, keys))}; it has: {', '.join(map(str, row))}")
+    names = " or ".join(f"'{key}'" for key in keys)
+    raise BadField(f"no field {names}; {did_you_mean(keys[0], map(str, row))}")
 
 
 def _text_of(row: Row, *keys: str) -> str:

@@ -41,6 +41,8 @@ class PrepareOptions:
         inputs: files, in order.
         output: the .jsonl file; the other two are beside it.
         format_args: keyword arguments of the format's function.
+        check_answers: type of the reward that must be able to read the answers; default what the
+            format says.
         source: of all rows; default the format's name.
         rewards: names of the rewards that apply to the rows; None: all.
         prompt_template: wraps a text prompt, as {prompt}; further fields of the row in braces.
@@ -59,6 +61,7 @@ class PrepareOptions:
     inputs: tuple[Path, ...]
     output: Path
     format_args: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    check_answers: str | None = None
     source: str | None = None
     rewards: tuple[str, ...] | None = None
     prompt_template: str | None = None
@@ -97,7 +100,9 @@ class RowPipeline:
     def __init__(self, options: PrepareOptions, tokenizer: Tokenizer | None, base_dir: Path | None):
         self._options, self._tokenizer = options, tokenizer
         self._format = Format.of(FORMATS.get(options.format, base_dir))
-        self._check_answer = _answer_check(self._format)
+        self._check_answer = _answer_check(
+            options.check_answers or self._format.answer_reward, base_dir
+        )
         self.source = options.source or options.format.rsplit(":", 1)[-1]
         self._check_arguments()
         self._template_fields = template_fields(options.prompt_template, TEMPLATE_OPTION)
@@ -253,13 +258,16 @@ class RowPipeline:
         return number
 
 
-def _answer_check(chosen: Format) -> Callable[[str], object] | None:
-    if chosen.answer_reward is None:
+def _answer_check(reward_type: str | None, base_dir: Path | None) -> Callable[[str], object] | None:
+    if reward_type is None:
         return None
     import gdpo_megatron.rewards  # noqa: F401  # registers the built-in ones
     from gdpo_megatron.rewards.base import REWARDS, RewardFn
 
-    return RewardFn.of(REWARDS.get(chosen.answer_reward)).check_answer
+    check = RewardFn.of(REWARDS.get(reward_type, base_dir)).check_answer
+    if check is None:
+        raise InputError(f"reward '{reward_type}' has no check of answers (--check-answers)")
+    return check
 
 
 def _leak_index(options: PrepareOptions) -> LeakIndex | None:
