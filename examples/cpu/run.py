@@ -95,7 +95,7 @@ def _options() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("task", choices=TASKS, help="which one")
     parser.add_argument("--steps", type=int, default=5, help="steps of GDPO")
-    parser.add_argument("--sft-steps", type=int, default=60, help="of the warm start; 0: none")
+    parser.add_argument("--sft-steps", type=int, default=100, help="of the warm start; 0: none")
     parser.add_argument("--vocab-size", type=int, default=3000, help="tokens, at most")
     parser.add_argument("--nproc", type=int, default=2, help="ranks")
     parser.add_argument("--estimator", default="gdpo", help="gdpo, grpo, grpo_no_std")

@@ -7,7 +7,6 @@ within a group and move. Made from prepared rows alone, the same for the same ro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -15,23 +14,13 @@ from typing import Any, TypeAlias
 Row: TypeAlias = Mapping[str, Any]
 """A prepared row: prompt, answer, and where there is one its solution."""
 
-_TOOL_CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
+_TOOL_CALL = re.compile(r"<tool_call>\n.*?\n</tool_call>", re.DOTALL)
 _CALCULATION = re.compile(r"<<.*?>>")
 
 _HEDGES = ("", "Let me think about this. ", "Let me think. Wait, is that so? Let me try again. ")
 
-_PROGRAMS = (
-    "print(input())",
-    "for _ in range(int(input())):\n    print('YES')",
-    "n = int(input())\nprint(n)",
-    "print('NO')",
-    "a, b = map(int, input().split())\nprint(a + b)",
-    "for _ in range(int(input())):\n    print(input())",
-    "n = int(input())\nprint(sum(map(int, input().split())))",
-    "print(min(map(int, input().split()))",
-    "for _ in range(int(input())):\n    print(0)",
-)
-"""Programs that read their input without understanding it; the last but one does not compile."""
+_PROGRAMS = ("print('YES')", "print('NO')", "print(0)", "print(input())", "print(1", "print(x)")
+"""Programs of one line that understand nothing; the last two end with an error."""
 
 
 def tool_call(row: Row, number: int) -> str | None:
@@ -39,8 +28,7 @@ def tool_call(row: Row, number: int) -> str | None:
     calls = _TOOL_CALL.search(row["answer"])
     if calls is None:
         return None
-    names = [json.loads(line)["name"] for line in calls[1].splitlines()]
-    thought = "" if number % 3 == 2 else f"<think> I call {', '.join(names)}. </think>\n"
+    thought = "" if number % 3 == 2 else "<think> I call a tool. </think>\n"
     return f"{thought}{calls[0]}"
 
 

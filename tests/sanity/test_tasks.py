@@ -218,3 +218,20 @@ def test_values_of_the_paper(
     assert config.dynamic_sampling.filter == ("weighted_sum" if filters else "none")
     assert (config.advantage.preset, config.advantage.estimator) == ("paper", "gdpo")
     assert [it.weight for it in config.rewards] == [1.0] * len(config.rewards)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("tool_calling/qwen2.5_1.5b_gdpo", ("--advantage.preset", "nvlabs_verl")),
+        ("tool_calling/qwen2.5_1.5b_gdpo", ("--loss.kl_coef", "0")),
+        ("gsm8k/qwen2.5_1.5b_gdpo", ("--advantage.preset", "nvlabs_trl")),
+        ("math/r1_7b_gdpo", ("--rewards.length.weight", "0.5")),
+        ("math/r1_1.5b_gdpo", ("--rollout.engine", "native", "--rollout.vllm", "null")),
+    ],
+)
+def test_what_the_page_offers_is_valid(name: str, words: tuple[str, ...]):
+    page = (EXAMPLES.parent / "docs/tasks.md").read_text()
+    assert all(f"{key} {value}" in page for key, value in zip(words[::2], words[1::2], strict=True))
+    path = EXAMPLES / f"{name}.yaml"
+    validate("train", load(path, *words), path.parent, world_size=8)
