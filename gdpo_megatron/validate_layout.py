@@ -10,7 +10,12 @@ from gdpo_megatron.platform import detect_platform
 
 
 def layout_problems(
-    job: str, config: RLConfig | SFTConfig, world_size: int, arch: ModelArchitecture | None
+    job: str,
+    config: RLConfig | SFTConfig,
+    world_size: int,
+    arch: ModelArchitecture | None,
+    *,
+    uneven_gathers: bool | None = None,
 ) -> list[str]:
     """Problems of the layout, of the ranks that it is for and of the model that it cuts.
 
@@ -19,6 +24,8 @@ def layout_problems(
         config: the loaded config.
         world_size: ranks.
         arch: of the model; None where it could not be read.
+        uneven_gathers: whether all_gather takes parts of different sizes where the job will run;
+            None asks this machine.
     """
     parallel = config.parallel
     problems = _world(parallel, world_size) + _packing(config)
@@ -30,7 +37,7 @@ def layout_problems(
         stage_layers(arch.num_layers, parallel)
     except InputError as error:
         problems += error.problems
-    return problems + _experts(job, arch, parallel, world_size)
+    return problems + _experts(job, arch, parallel, world_size, uneven_gathers)
 
 
 def divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
@@ -86,7 +93,11 @@ def _packing(config: RLConfig | SFTConfig) -> list[str]:
 
 
 def _experts(
-    job: str, arch: ModelArchitecture, parallel: ParallelConfig, world_size: int
+    job: str,
+    arch: ModelArchitecture,
+    parallel: ParallelConfig,
+    world_size: int,
+    uneven_gathers: bool | None,
 ) -> list[str]:
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -116,12 +127,14 @@ def _experts(
             f"parallel.sequence_parallel is false: a mixture of experts is trained with "
             f"tensor_model_parallel_size {tp} only under it; set it to true"
         )
-    if ep > 1 and etp > 1 and not (platform := detect_platform()).gathers_uneven_parts:
+    if ep > 1 and etp > 1 and uneven_gathers is None:
+        uneven_gathers = detect_platform().gathers_uneven_parts
+    if ep > 1 and etp > 1 and not uneven_gathers:
         # Each of the ranks that share an expert comes with the tokens that were sent to it.
         problems.append(
             f"{etp_key} is {etp}, but with expert parallelism its ranks exchange unequal numbers "
-            f"of tokens, which {platform.backend} cannot gather on this platform "
-            f"({platform.name}); set it to 1"
+            f"of tokens, which {(platform := detect_platform()).backend} cannot gather on this "
+            f"platform ({platform.name}); set it to 1"
         )
     if ep == 1 and etp != tp:
         problems.append(

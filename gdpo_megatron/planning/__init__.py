@@ -1,0 +1,1 @@
+"""What a run will need, before it is started: the plan, and the dry run of its whole world."""
