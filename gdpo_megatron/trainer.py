@@ -160,7 +160,13 @@ class GDPOTrainer:
         self.evaluator = None
         if config.train.eval_interval:
             self.evaluator = Evaluator(
-                config, base_dir, parts, self.engine, self.engines, self.stall
+                config,
+                base_dir,
+                parts,
+                self.engine,
+                self.engines,
+                self.stall,
+                self.environment,
             )
         self.checkpoints = CheckpointManager(
             self.run_dir,

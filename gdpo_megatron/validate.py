@@ -134,7 +134,8 @@ def _checks(
     if suite is not None:
         rewards = (*suite.rewards, *only_evaluated)
         yield lambda: _sandbox(config, rewards)
-    yield lambda: environment_problems(config, base_dir, tokenizer, config.rewards)
+    measured = (*config.rewards, *config.eval.rewards)
+    yield lambda: environment_problems(config, base_dir, tokenizer, measured)
     yield lambda: _run(config, job)
     if job == "train":
         yield lambda: long_tail_problems(

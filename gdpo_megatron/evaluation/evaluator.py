@@ -28,6 +28,7 @@ from gdpo_megatron.observability.files import write_atomically
 from gdpo_megatron.rewards.breaker import TooManyInvalid
 from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.base import RolloutEngine
+from gdpo_megatron.rollout.episodes import EnvironmentRuntime
 from gdpo_megatron.rollout.runner import RolloutBatch, run_rollouts, sampling_params
 from gdpo_megatron.rollout.stall import StallLimit
 
@@ -66,6 +67,7 @@ class Evaluator:
         engine: this rank's engine.
         engines: its mesh.
         stall: when its generation counts as stalled.
+        environment: what answers the model between its turns, as in training.
     """
 
     def __init__(
@@ -76,9 +78,11 @@ class Evaluator:
         engine: RolloutEngine,
         engines: EngineMesh,
         stall: StallLimit,
+        environment: EnvironmentRuntime | None,
     ):
         self._config, self._base_dir, self._parts = config, base_dir, parts
         self._engine, self._engines, self._stall = engine, engines, stall
+        self._environment = environment
         self._leads = parts.mesh.rank == 0
         self.sets = [load_set(it, config, base_dir, parts.tokenizer) for it in resolve_sets(config)]
         run_dir = resolve_path(base_dir, config.run_dir)
@@ -194,6 +198,7 @@ class Evaluator:
             seed=self._config.seed,
             stream=it.eval_set.noise_stream,
             step=0,
+            environment=self._environment,
             stall=self._stall,
             on_progress=on_progress,
         )
@@ -251,7 +256,7 @@ def _record(batch: RolloutBatch, sample: int, row: int, size: int) -> dict[str, 
         "prompt": sample // size,
         "sample": sample % size,
         "text": rollout.completion.text,
-        "num_tokens": len(rollout.completion.token_ids),
+        "num_tokens": rollout.num_tokens,
         "finish_reason": rollout.completion.finish_reason,
         "rewards": {name: value if there else None for name, value, there in cells},
         **({"unscored": unscored} if unscored else {}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -52,16 +53,21 @@ def run_eval(config: RLConfig, base_dir: Path, parts: Parts) -> bool:
         InputError: what is on disk under the same label was made with something else.
     """
     engine, engines = parts.engine(config.rollout, config.eval.max_concurrent_sequences)
+    run_dir = resolve_path(base_dir, config.run_dir)
+    environment = parts.environment(config.rollout, config.sandbox, engines, run_dir)
     stall = StallLimit(
         seconds=config.rollout.stall_timeout_seconds,
-        folder=resolve_path(base_dir, config.run_dir),
+        folder=run_dir,
         goes_on=lambda: "the same command goes on after the last chunk that is on disk",
     )
-    evaluator = Evaluator(config, base_dir, parts, engine, engines, stall)
+    evaluator = Evaluator(config, base_dir, parts, engine, engines, stall, environment)
     interrupt, leads = Interrupt(parts.platform), parts.mesh.rank == 0
     label, title = label_of(config, base_dir), f"gdpo-megatron eval: {parts.folder}"
     chunks_of: dict[str, int] = {}
-    with ProgressDisplay(evaluator.num_chunks, 0, title, unit="chunk", enabled=leads) as display:
+    with (
+        environment or nullcontext(),
+        ProgressDisplay(evaluator.num_chunks, 0, title, unit="chunk", enabled=leads) as display,
+    ):
         display.phase("load")
         engine.wake()
         weights = DigestedWeights(parts)

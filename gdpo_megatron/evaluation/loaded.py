@@ -10,7 +10,7 @@ from typing import Any
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.data.tokenizer import Tokenizer
-from gdpo_megatron.evaluation.sets import EvalSet, known_rewards
+from gdpo_megatron.evaluation.sets import EvalSet, known_rewards, plain_section
 from gdpo_megatron.types import Prompt
 
 
@@ -60,6 +60,7 @@ def load_set(
         **eval_set.identity(prompts, base_dir),
         "seed": config.seed,
         "engine": config.rollout.engine,
+        "environment": plain_section(config.rollout.environment),
         "dtype": config.precision.params_dtype,
         "num_completions_per_chunk": config.eval.num_completions_per_chunk,
     }

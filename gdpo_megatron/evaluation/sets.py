@@ -128,9 +128,12 @@ class EvalSet:
             },
             "num_prompts": len(prompts),
             "samples_per_prompt": self.samples_per_prompt,
-            "sampling": _plain(self.sampling),
+            "sampling": plain_section(self.sampling),
             "rewards": {
-                reward.name: _plain(reward, "name", "weight") | _source(reward.type, base_dir)
+                reward.name: {
+                    **(plain_section(reward, "name", "weight") or {}),
+                    **_source(reward.type, base_dir),
+                }
                 for reward in self.rewards
             },
         }
@@ -142,8 +145,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _plain(config: Any, *without: str) -> dict[str, Any]:
-    """A section as JSON has it, tuples as lists."""
+def plain_section(config: Any, *without: str) -> dict[str, Any] | None:
+    """A section of the config as JSON has it, tuples as lists; None for None."""
+    if config is None:
+        return None
     data = {name: value for name, value in asdict(config).items() if name not in without}
     return json.loads(json.dumps(data))
 

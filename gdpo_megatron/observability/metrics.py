@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,38 @@ class Metric:
         """Matches the names that this metric covers."""
         parts = re.split(r"\{\w+\}", self.name)
         return re.compile("[^/]+".join(re.escape(part) for part in parts))
+
+
+_EVALUATION = (
+    ("{reward}/mean", "reward", "Mean over prompts of the mean over a prompt's valid entries."),
+    (
+        "{reward}/standard_error", "reward",
+        "Standard error of that mean, prompts taken as independent: the std (n - 1) of the "
+        "per-prompt means / sqrt(number of prompts).",
+    ),
+    (
+        "pass@{k}", "share",
+        "Unbiased estimate of the chance that one of k completions of a prompt is right "
+        "(eval.correct), mean over prompts; pass@1 is the accuracy.",
+    ),
+    ("exceed_share", "share", "Share of completions longer than eval.exceed_tokens."),
+    ("format_share", "share", "Share of completions where eval.format_reward is at least 1."),
+    ("bug_share", "share", "Share of completions where eval.bug_reward is below 1."),
+    ("truncated_share", "share", "Share of completions cut at eval.max_completion_tokens."),
+    ("mean_tokens", "tokens", "Mean length of completions."),
+    (
+        "invalid_share", "share",
+        "Share of the entries, completions by rewards, without a score because a reward failed or "
+        "refused.",
+    ),
+)  # fmt: skip
+"""What is told of data.eval, and of each set of eval.sets: name, unit, definition."""
+
+
+def _evaluation_metrics() -> Iterator[Metric]:
+    for where, what in (("eval", "data.eval"), ("eval/{set}", "A set of eval.sets")):
+        for name, unit, definition in _EVALUATION:
+            yield Metric(f"{where}/{name}", unit, "last", f"{what}. {definition}")
 
 
 # The reward of a rollout is "valid" when its function gave a score. All counts are global.
@@ -196,16 +228,7 @@ METRICS: tuple[Metric, ...] = (
         "sft/tokens_per_second", "tokens/s", "mean",
         "Completion tokens learned from, over all ranks, / time/step_seconds.",
     ),
-    Metric(
-        "eval/{reward}/mean", "reward", "last",
-        "Mean over the valid entries of the held-out completions.",
-    ),
-    Metric(
-        "eval/{reward}/standard_error", "reward", "last",
-        "Standard error of that mean, prompts taken as independent: the std (n - 1) of the "
-        "per-prompt means / sqrt(number of prompts).",
-    ),
-    Metric("eval/mean_tokens", "tokens", "last", "Mean length of the held-out completions."),
+    *_evaluation_metrics(),
     Metric(
         "time/step_seconds", "s", "sum",
         "Wall clock of the whole step on rank 0, with what no phase covers.",

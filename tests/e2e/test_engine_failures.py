@@ -84,7 +84,7 @@ def make_run(folder: Path, quickstart: Path, **changes: Any) -> Path:
             "stall_timeout_seconds": 30,
             "long_tail": {"over_provision": 0.5, "max_carried_steps": 2},
         },
-        "eval": {"max_completion_tokens": 8, "num_prompts": 4},
+        "eval": {"max_completion_tokens": 8, "num_prompts": 4, "allow_train_overlap": True},
         "train": {"num_steps": 4, "eval_interval": 1},
         "checkpoint": {"save_interval": 0, "export_hf": False},
         "logging": {"tensorboard": False},

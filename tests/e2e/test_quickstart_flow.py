@@ -71,7 +71,7 @@ def test_training_logs_every_step(trained: tuple[Path, str]):
     names = [{name for name in it if not re.match("reward/[^/]+/num_", name)} for it in metrics]
     assert names[0] == names[1]
     assert {name for name in names[2] - names[1] if not name.startswith("time/")} == {
-        "eval/mean_tokens",
+        *(f"eval/{it}" for it in ("mean_tokens", "truncated_share", "invalid_share")),
         *(f"eval/{reward}/{it}" for reward in REWARDS for it in ("mean", "standard_error")),
     }
     assert all(f"step {n}/3" in output for n in (1, 2, 3))
@@ -123,11 +123,18 @@ def test_eval_of_the_export_finds_what_the_last_step_found(
     """On one rank instead of two: the same noise, the same completions, the same means."""
     last = read_jsonl(trained[0] / "metrics.jsonl")[-1]
     succeed("eval", quickstart / "gdpo.yaml", "--model.hf_path", "gdpo/hf", "--run_dir", "eval")
-    found = json.loads((quickstart / "eval/eval.json").read_text())
+    folder = quickstart / "eval/eval/hf"
+    (found,) = json.loads((folder / "results.json").read_text())["sets"].values()
     assert (found["num_prompts"], found["samples_per_prompt"]) == (8, 2)
-    assert found["mean_tokens"] == last["eval/mean_tokens"]
+    assert found["quantities"]["mean_tokens"]["mean"] == last["eval/mean_tokens"]
     for name in REWARDS:
-        assert found["means"][name] == pytest.approx(last[f"eval/{name}/mean"], abs=1e-12)
+        it = found["quantities"][f"reward/{name}"]
+        assert it["mean"] == pytest.approx(last[f"eval/{name}/mean"], abs=1e-12)
         error = last[f"eval/{name}/standard_error"]
-        assert found["standard_errors"][name] == pytest.approx(error, abs=1e-12)
-    assert sorted(it.name for it in (quickstart / "eval").iterdir()) == ["eval.json"]
+        assert it["standard_error"] == pytest.approx(error, abs=1e-12)
+    during = trained[0] / "eval/step_00000003"
+    for name in ("results.json", "data.eval.jsonl"):
+        assert (during / name).is_file()
+    samples = read_jsonl(folder / "data.eval.jsonl")
+    assert samples == read_jsonl(during / "data.eval.jsonl")
+    assert len(samples) == 16

@@ -64,7 +64,7 @@ def make_run(folder: Path, quickstart: Path, reward: str, **changes: Any) -> Pat
             {"name": reward, "type": f"./reward.py:{reward}"},
         ],
         "rollout": {"num_prompts_per_step": P, "group_size": G, "max_completion_tokens": 12},
-        "eval": {"max_completion_tokens": 8},
+        "eval": {"max_completion_tokens": 8, "allow_train_overlap": True},
         "reward_suite": {"num_workers": 1, "sample_timeout_seconds": 2},
         "train": {"num_steps": 4},
         "checkpoint": {"save_interval": 0, "export_hf": False},
@@ -130,7 +130,12 @@ def test_an_evaluation_with_a_broken_reward_stops_too(tmp_path: Path, quickstart
         tmp_path,
         quickstart,
         "breaks",
-        eval={"max_completion_tokens": 8, "num_prompts": 24, "samples_per_prompt": 4},
+        eval={
+            "max_completion_tokens": 8,
+            "num_prompts": 24,
+            "samples_per_prompt": 4,
+            "allow_train_overlap": True,
+        },
         train={"num_steps": 2, "eval_interval": 1},
         reward_suite={"num_workers": 1, "max_invalid_fraction": 0.25},
     )
@@ -142,4 +147,4 @@ def test_an_evaluation_with_a_broken_reward_stops_too(tmp_path: Path, quickstart
     alone = run_job("eval", path, "--run_dir", "eval")
     assert alone.code == 2, alone.output
     assert "reward 'breaks': 64 of 96 rows are invalid" in alone.output
-    assert not (tmp_path / "eval/eval.json").exists()
+    assert not list((tmp_path / "eval").rglob("results.json"))

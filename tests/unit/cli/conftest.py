@@ -28,7 +28,7 @@ def job(
             {"name": "right", "type": "gsm8k_correctness", "weight": 2.0},
         ],
         "rollout": {"num_prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 32},
-        "eval": {"max_completion_tokens": 32},
+        "eval": {"max_completion_tokens": 32, "allow_train_overlap": True},
     }
     sft = {
         "run_dir": "sft_run",

@@ -284,7 +284,7 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
     ),
     "nothing to evaluate": (
         "--train.eval_interval 2",
-        ["data.eval: train.eval_interval needs a file of held-out rows"],
+        ["data.eval, eval.sets: train.eval_interval needs held-out rows; set one of them"],
     ),
     "primary reward": (
         "--dynamic_sampling.filter primary_reward --dynamic_sampling.primary_reward rihgt",
@@ -351,7 +351,7 @@ CHANGES: dict[str, tuple[Mapping[str, Any], list[str]]] = {
         },
         ["rewards[0] 'short'.when.reward: no reward named 'rigth'; did you mean 'right'?"],
     ),
-    "no data section": ({"data": None}, ["data.train: missing; needs string"]),
+    "no data section": ({"data": None}, ["data.train: missing; train needs a file of rows"]),
 }
 
 
@@ -637,7 +637,7 @@ def test_eval_does_not_ask_for_what_only_training_needs(job: Job, run_cli: Cli):
     assert run_cli("eval", "config.yaml").code == 0
     job.edit({"data.eval": None})
     assert refused(job, run_cli, "eval", "config.yaml") == [
-        "data.eval: eval needs a file of held-out rows"
+        "data.eval, eval.sets: eval needs held-out rows; set one of them"
     ]
     assert not (job.folder / "run").exists()
 

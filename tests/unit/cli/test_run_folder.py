@@ -18,7 +18,10 @@ from gdpo_megatron.run_folder import record_config
 
 def test_it_holds_every_key_and_can_be_run_again_from_there(job: Job, run_cli: Cli):
     (job.folder / "mine.py").write_text("def score(sample):\n    return 1.0\n")
-    job.edit({"rewards": [{"name": "mine", "type": "./mine.py:score"}], "data.eval": "rows.jsonl"})
+    mine = {"type": "./mine.py:score"}
+    job.edit({"rewards": [{"name": "mine", **mine}], "data.eval": "rows.jsonl"})
+    job.edit({"eval.rewards": [{"name": "also", **mine}]})
+    job.edit({"eval.sets": [{"name": "held", "data": "rows.jsonl", "rewards": ["also"]}]})
     assert run_cli("train", "config.yaml", "--optimizer.lr", "3e-4").code == 0
     recorded = job.folder / "run/config.yaml"
     first, again = load_config(RLConfig, Path("config.yaml")), load_config(RLConfig, recorded)
@@ -28,11 +31,12 @@ def test_it_holds_every_key_and_can_be_run_again_from_there(job: Job, run_cli: C
             before, after = before[name], after[name]
         assert resolve_path(job.folder, before) == resolve_path(recorded.parent, after)
     assert again.optimizer.lr == 3e-4
-    assert again.rewards[0].type == "../mine.py:score"
+    assert again.rewards[0].type == again.eval.rewards[0].type == "../mine.py:score"
+    assert again.eval.sets[0].data == "../rows.jsonl"
     data, _ = yaml_text.parse(recorded.read_text())
     for path, _ in walk(RLConfig):
         holder = data
-        for name in path.replace("rewards[]", "rewards.0").split("."):
+        for name in path.replace("rewards[]", "rewards.0").replace("sets[]", "sets.0").split("."):
             if holder is None:
                 break  # an optional section
             holder = holder[int(name)] if isinstance(holder, list) else holder[name]
