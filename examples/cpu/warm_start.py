@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 Row: TypeAlias = Mapping[str, Any]
 """A prepared row: prompt, answer, and where there is one its solution."""
 
-_TOOL_CALL = re.compile(r"<tool_call>\n.*?\n</tool_call>", re.DOTALL)
+_FIRST_CALL = re.compile(r"<tool_call>\n(.*)\n")
+_MAX_CALL_CHARACTERS = 160
 _CALCULATION = re.compile(r"<<.*?>>")
 
 _HEDGES = ("", "Let me think about this. ", "Let me think. Wait, is that so? Let me try again. ")
@@ -24,12 +25,12 @@ _PROGRAMS = ("print('YES')", "print('NO')", "print(0)", "print(input())", "print
 
 
 def tool_call(row: Row, number: int) -> str | None:
-    """The gold's calls behind one line of thought; every third lacks the thought."""
-    calls = _TOOL_CALL.search(row["answer"])
-    if calls is None:
+    """The gold's first call behind one line of thought; every third lacks the thought."""
+    call = _FIRST_CALL.search(row["answer"])
+    if call is None or len(call[1]) > _MAX_CALL_CHARACTERS:
         return None
     thought = "" if number % 3 == 2 else "<think> I call a tool. </think>\n"
-    return f"{thought}{calls[0]}"
+    return f"{thought}<tool_call>\n{call[1]}\n</tool_call>"
 
 
 def gsm8k(row: Row, number: int) -> str:

@@ -9,6 +9,7 @@ vLLM is installed, memory and speed at this size, and that anything is learned.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from dataclasses import asdict
@@ -45,8 +46,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "code/eurus": {"prompt": [{"role": "user", "content": "echo"}], "answer": CODE},
     "gsm8k/train": {"prompt": "How many?", "answer": "1,600"},
 }
-ROWS |= {"toolrl/test": ROWS["toolrl/train"], "gsm8k/test": ROWS["gsm8k/train"]}
-ROWS |= {"math/math500": ROWS["math/deepscaler"]}
+HELD_OUT = [{"role": "user", "content": "something else"}]
+ROWS |= {
+    "toolrl/test": ROWS["toolrl/train"] | {"prompt": HELD_OUT},
+    **{
+        f"math/{name}": ROWS["math/deepscaler"] | {"prompt": HELD_OUT}
+        for name in ("math500", "aime24", "amc", "olympiad")
+    },
+    "gsm8k/test": ROWS["gsm8k/train"] | {"prompt": "How few?"},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +109,21 @@ def test_shapes_are_the_published_ones(name: str):
 @pytest.mark.parametrize("path", FULL, ids=name_of)
 def test_full_config_is_valid(path: Path):
     validate("train", load(path), path.parent, world_size=GPUS.get(path.stem, 8))
+
+
+def test_the_evaluation_of_the_math_runs_is_valid():
+    path = EXAMPLES / "math/eval.yaml"
+    config = load(path)
+    validate("eval", config, path.parent, world_size=8)
+    assert (config.eval.samples_per_prompt, config.eval.max_completion_tokens) == (16, 32768)
+    assert (config.eval.temperature, config.eval.top_p) == (0.6, 0.95)
+    seven = ("--rollout.tensor_parallel_size", "2", "--model.hf_path")
+    validate(
+        "eval",
+        load(path, *seven, f"{os.environ['GDPO_MODELS']}/DeepSeek-R1-Distill-Qwen-7B"),
+        path.parent,
+        world_size=8,
+    )
 
 
 def test_what_does_not_fit_is_found():

@@ -32,6 +32,8 @@ def test_tool_calls(warm_start: ModuleType):
     texts = [warm_start.tool_call({"answer": gold}, number) for number in range(6)]
     assert [tool_call.format_reward(it, gold) for it in texts] == [1, 1, 0, 1, 1, 0]
     assert {tool_call.correctness_reward(it, gold) for it in texts} == {3.0}
+    longer = gold.replace("x", "x" * 200)
+    assert warm_start.tool_call({"answer": longer}, 0) is None
     answered = "<think> t </think>\n<response> hello </response>"
     assert warm_start.tool_call({"answer": answered}, 0) is None
 
