@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 from gdpo_megatron.environments.base import EnvironmentStep, Task
 
@@ -45,9 +46,9 @@ class Scripted:
         if turn == "die":
             os._exit(3)
         if turn.startswith("die once"):
-            marker = os.path.join(self._folder, turn.replace(" ", "_"))
-            if not os.path.exists(marker):
-                open(marker, "w").close()
+            marker = Path(self._folder, turn.replace(" ", "_"))
+            if not marker.exists():
+                marker.touch()
                 os._exit(3)
         if turn == "raise":
             raise KeyError("no such thing")
