@@ -1,0 +1,1 @@
+"""What the tools that serve a model and evaluate it with programs of others share."""
