@@ -1,4 +1,4 @@
-"""`gdpo-megatron data prepare` and `data check`.
+"""`gdpo-megatron data prepare`, `data formats` and `data check`.
 
 Exit codes: 0 done, 1 `check` has found something, 2 bad input (one line each) or no row left.
 """
@@ -35,12 +35,8 @@ def run_data(options: argparse.Namespace) -> int:
 
 
 def _add_prepare(command: argparse.ArgumentParser) -> None:
-    from gdpo_megatron.data.formats import FORMATS
-
     command.add_argument(
-        "format",
-        metavar="FORMAT",
-        help=f"{', '.join(FORMATS.names())}, or ./file.py:function",
+        "format", metavar="FORMAT", help="one of `data formats`, or ./file.py:function"
     )
     command.add_argument(
         "inputs", metavar="INPUT", nargs="+", type=Path, help=".jsonl or .parquet files"
@@ -231,6 +227,22 @@ def _assignment(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"'{text}': {value!r} is no YAML value") from error
 
 
+# ---- formats -------------------------------------------------------------------------------------
+
+
+def _add_formats(command: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _run_formats(options: argparse.Namespace) -> int:
+    from gdpo_megatron.data.formats import FORMATS, Format
+
+    names = FORMATS.names()
+    for name in names:
+        print(f"{name:<{max(map(len, names))}}  {Format.of(FORMATS.get(name)).summary}".rstrip())
+    return 0
+
+
 # ---- check ---------------------------------------------------------------------------------------
 
 
@@ -256,5 +268,6 @@ _JOBS: dict[
         _add_prepare,
         _run_prepare,
     ),
+    "formats": ("the formats that prepare reads", _add_formats, _run_formats),
     "check": ("rows against the schema", _add_check, _run_check),
 }

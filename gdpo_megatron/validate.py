@@ -356,9 +356,9 @@ def _own_rewards(
     if config.advantage.missing != "error" or not leave_out:
         return []
     return [
-        f"advantage.missing is 'error', but in {resolve_path(base_dir, path)} row '{leave_out[0]}' "
-        f"(and {len(leave_out) - 1} others) leaves rewards out by its field '{REWARDS_KEY}'; "
-        "missing: exclude is for such data"
+        f"advantage.missing is 'error', but {len(leave_out)} rows of {resolve_path(base_dir, path)} "
+        f"leave rewards out by their field '{REWARDS_KEY}', the first is '{leave_out[0]}'; missing: "
+        "exclude is for such data"
     ]
 
 
