@@ -128,7 +128,7 @@ class SetStore:
         for chunk in self._chunks:
             for name, counts in chunk["events"].items():
                 total.setdefault(name, Counter[str]()).update(counts)
-        return {name: dict(sorted(total[name].items())) for name in sorted(total)}
+        return {name: dict(sorted(total[name].items())) for name in sorted(total) if total[name]}
 
     def _read(self) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
         """The header and the chunks; of lines that a kill tore, nothing."""

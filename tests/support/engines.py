@@ -115,12 +115,14 @@ def one_rank() -> Iterator[None]:
         platform = detect_platform()
         platform.setup(0)
         torch.distributed.init_process_group(platform.backend)
-        yield
-        # vLLM keeps what it made of the group, and would take it for the next one's.
-        if "vllm.distributed.parallel_state" in sys.modules:
-            sys.modules["vllm.distributed.parallel_state"].destroy_distributed_environment()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        try:
+            yield
+        finally:
+            # vLLM keeps what it made of the group, and would take it for the next one's.
+            if "vllm.distributed.parallel_state" in sys.modules:
+                sys.modules["vllm.distributed.parallel_state"].destroy_distributed_environment()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def engine_setup(folder: Path, **fields: Any) -> EngineSetup:
