@@ -22,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from outside import evaluator
 from outside.evaluator import EvaluatorFailed, Summary
+from outside.lm_eval_tasks.rows import VARIABLE as DATA_VARIABLE
 
 from gdpo_megatron.errors import InputError
 
 ENVIRONMENT = evaluator.Environment("lm-eval", ("lm_eval", "transformers", "datasets"))
 TASKS = Path(__file__).parent / "outside" / "lm_eval_tasks"
-DATA_VARIABLE = "GDPO_LM_EVAL_DATA"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -170,8 +170,6 @@ def bfcl_answers(num_right: int) -> Callable[[str], str]:
 
     def answer(prompt: str) -> str:
         [found] = [text for question, text in answers.items() if question in prompt]
-        assert prompt.startswith("<|im_start|>system\n") and "JSON format" in prompt
-        assert prompt.endswith("<|im_start|>assistant\n")
         return found
 
     return answer
@@ -191,7 +189,11 @@ def test_bfcl_gives_golds_full_marks(export: Path, tmp_path: Path) -> None:
     assert (result["task"], result["value"], result["num_samples"]) == ("simple_python", 0.75, 4)
     assert result["errors"] == {"simple_function_checker:wrong_func_name": 1}
     assert found["counts"] == {"num_requests": 4, "num_truncated": 0, "num_errors": 0}
-    assert server.refused == 0
+    assert server.refused == 0 and len(server.prompts) == 4
+    for prompt in server.prompts:  # its system prompt with the functions, in the chat template
+        system, user = prompt.split("<|im_end|>\n<|im_start|>user\n")
+        assert system.startswith("<|im_start|>system\n") and "'parameters': {" in system
+        assert user.endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_bfcl_failed_requests_are_no_wrong_answers(export: Path, tmp_path: Path) -> None:

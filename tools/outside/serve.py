@@ -32,6 +32,7 @@ from gdpo_megatron.platform.vllm_versions import installed_vllm, vllm_problems
 from outside.endpoint import TOKEN_VARIABLE, Endpoint, NoAnswer, read_token
 
 NAME = "serve_hf_export"
+SERVER = Path(__file__).with_name("vllm_server.py")
 OURS = ("--host", "--port", "--api-key", "--served-model-name", "--model", "--uds")
 """Options of vLLM that are not to be passed on."""
 
@@ -190,7 +191,7 @@ def choose_port(port: int) -> int:
 def command_line(options: argparse.Namespace, config: Mapping[str, Any], port: int) -> list[str]:
     """How vLLM is started; without the token."""
     dtype = options.dtype or config.get("dtype") or config.get("torch_dtype") or "auto"
-    command = [sys.executable, str(Path(__file__).with_name("vllm_server.py"))]
+    command = [sys.executable, str(SERVER)]
     command += [
         "--model",
         str(options.export.resolve()),
