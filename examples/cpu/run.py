@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ MATH = Source(
     "math/train.jsonl",
     ("--limit", "1000", "--prompt-template", MATH_PROMPT, "--chat"),
 )
+FEW_MATH = replace(MATH, options=("--limit", "200", *MATH.options[2:]))
 CODE = Source(
     "code",
     "code",
@@ -64,7 +65,7 @@ TASKS: dict[str, tuple[Source, ...]] = {
     "gsm8k": (GSM8K,),
     "math": (MATH,),
     "code": (CODE,),
-    "mixed": (TOOLRL, MATH),
+    "mixed": (TOOLRL, FEW_MATH),
 }
 """Task -> what it is trained on."""
 
@@ -212,7 +213,9 @@ def print_rewards(path: Path) -> None:
     print("| step | " + " | ".join([*names, "tokens", "seconds"]) + " |")
     print("|---:|" + "---:|" * (len(names) + 2))
     for step in steps:
-        values = [f"{step[f'reward/{name}/mean']:.3f}" for name in names]
+        means = [step[f"reward/{name}/mean"] for name in names]
+        # None: no row of the step is one that the reward applies to.
+        values = ["-" if mean is None else f"{mean:.3f}" for mean in means]
         values += [f"{step['completion/mean_tokens']:.1f}", f"{step['time/step_seconds']:.1f}"]
         print(f"| {step['step']} | " + " | ".join(values) + " |")
 
