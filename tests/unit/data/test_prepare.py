@@ -239,6 +239,23 @@ def test_rewards_source_and_limit(tmp_path: Path):
     assert prepared.manifest["set_aside"] == {"empty_prompt": 1, "beyond_limit": 1}
 
 
+def test_prepared_files_laid_together(tmp_path: Path):
+    """They are rows themselves: ids, sources, rewards and all else are as they were."""
+    first = run(tmp_path, [gsm("a"), gsm("b")], rewards=("right",), chat=True)
+    one = first.output.rename(tmp_path / "one.jsonl")
+    second = run(
+        tmp_path, [gsm("c")], rewards=("short",), source="other", prompt_template="{prompt}?"
+    )
+    two = second.output.rename(tmp_path / "two.jsonl")
+    mixed = prepare(PrepareOptions(format="rows", inputs=(one, two), output=tmp_path / "m.jsonl"))
+    assert lines_of(mixed.output) == lines_of(one) + lines_of(two)
+    assert [row["rewards"] for row in lines_of(mixed.output)] == [["right"], ["right"], ["short"]]
+    again = prepare(
+        PrepareOptions(format="rows", inputs=(one, two, one), output=tmp_path / "n.jsonl")
+    )
+    assert again.manifest["set_aside"] == {"duplicate_id": 2}
+
+
 @pytest.mark.parametrize(
     ("options", "prompt", "problem"),
     [
