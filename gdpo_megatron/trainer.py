@@ -8,10 +8,9 @@ tokens are distributed. What each stage does is in the module that it calls.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import torch
 from torch import Tensor
 
 from gdpo_megatron.algorithms import compute_advantages, needs_old_pass, needs_reference
-from gdpo_megatron.algorithms.dynamic_sampling import Refill, decide_groups
 from gdpo_megatron.build import Parts
 from gdpo_megatron.checkpoint import CheckpointManager, goes_on_from, saved_after
+from gdpo_megatron.collect import RolloutCollector
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.data.prompts import load_prompts
-from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.distributed.exchange import ExchangedTokens, exchange_tokens
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.evaluation.evaluator import Evaluation, Evaluator
@@ -40,16 +38,12 @@ from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
 from gdpo_megatron.policy.swapped import SwappedReference
 from gdpo_megatron.rewards.breaker import TooManyInvalid
-from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.rollout.failure import EngineFailure
-from gdpo_megatron.rollout.long_tail import GroupRequest, LongTail
-from gdpo_megatron.rollout.runner import RolloutBatch, run_groups, sampling_params
+from gdpo_megatron.rollout.long_tail import GroupRequest
+from gdpo_megatron.rollout.runner import RolloutBatch
 from gdpo_megatron.rollout.stall import StallLimit
 from gdpo_megatron.step_metrics import (
     advantage_metrics,
-    environment_metrics,
-    long_tail_metrics,
-    rollout_metrics,
     update_metrics,
 )
 from gdpo_megatron.types import AdvantageBatch, Prompt, RewardMatrix
@@ -89,9 +83,6 @@ class GDPOTrainer:
             path=config.data.train,
             base_dir=base_dir,
             max_prompt_tokens=config.model.max_sequence_length - rollout.max_completion_tokens,
-        )
-        self.sampler = PromptSampler(
-            len(self.prompts), rollout.num_prompts_per_step, config.seed, config.data.shuffle
         )
         # Before the models: an engine says at once what it cannot run. Asleep, it takes no memory.
         self.engine, self.engines = parts.engine(rollout, rollout.max_concurrent_sequences)
@@ -134,29 +125,22 @@ class GDPOTrainer:
                 tolerance=tolerance_of(config.weight_sync.canary, config.precision.params_dtype),
             ),
         )
-        self.sampling = sampling_params(rollout, parts.stop_token_ids())
-        self.long_tail = LongTail(
-            rollout.long_tail, self.sampler, self.prompts, self.engines.num_replicas
-        )
         self.stall = StallLimit(
             seconds=rollout.stall_timeout_seconds,
             folder=self.run_dir,
             goes_on=lambda: goes_on_from(self.checkpoints.steps()),
         )
-        self.environment = parts.environment(rollout, config.sandbox, self.engines, self.run_dir)
-        self.suite = RewardSuite(
-            config.rewards,
-            group_size=rollout.group_size,
-            config=config.reward_suite,
-            sandbox=config.sandbox,
-            base_dir=base_dir,
-            log_path=self.run_dir / f"rewards_{mesh.rank}.log",
+        self.collector = RolloutCollector(
+            config,
+            base_dir,
+            self.run_dir,
+            parts,
+            self.prompts,
+            self.engine,
+            self.engines,
+            self.stall,
         )
-        if self.engines.tp_rank == 0:
-            self.suite.start()  # its processes get ready while the run is
-            if self.environment is not None:
-                self.environment.start()
-        self.advantage_config = replace(config.advantage, weights=self.suite.weights)
+        self.advantage_config = replace(config.advantage, weights=self.collector.suite.weights)
         self.evaluator = None
         if config.train.eval_interval:
             self.evaluator = Evaluator(
@@ -166,7 +150,7 @@ class GDPOTrainer:
                 self.engine,
                 self.engines,
                 self.stall,
-                self.environment,
+                self.collector.environment,
             )
         self.checkpoints = CheckpointManager(
             self.run_dir,
@@ -174,19 +158,11 @@ class GDPOTrainer:
             mesh=mesh,
             write_hf_files=parts.write_hf_files,
         )
-        self.refill_metrics: dict[str, float] = {}
-        self._told_faults: set[str] = set()
         self.step = self.policy_version = 0
         state = self.checkpoints.load_latest(self.policy)
         if state is not None:
             self.step, self.policy_version = state["step"], state["policy_version"]
-            self.sampler.load_state_dict(state["sampler"])
-            self.long_tail.load_carried(
-                self.checkpoints.carried(self.step),
-                replica=self.engines.replica,
-                group_size=rollout.group_size,
-                max_completion_tokens=rollout.max_completion_tokens,
-            )
+            self.collector.load_state(state, self.checkpoints.carried(self.step))
             self.parity.load_state_dict(state.get("parity", {}))
         self._free_grad_buffers()
         self.interrupt = Interrupt(parts.platform)
@@ -209,8 +185,7 @@ class GDPOTrainer:
         title = f"gdpo-megatron train: {self.run_dir.name}"
         with (
             self.metrics,
-            self.suite,
-            self.environment or nullcontext(),
+            self.collector,
             self._display(title, start) as self.display,
         ):
             if start:
@@ -251,39 +226,33 @@ class GDPOTrainer:
 
     def train_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Take one step; returns its metrics, and those that a person watches."""
-        before = self.sampler.state_dict(), self.long_tail.carried
+        before = self.collector.state()
         with self._phase("weight_sync"):
             sync = self._sync()
-        rollout_began = time.perf_counter()
         with self._phase("rollout"):
             try:
-                prompts, batch, kept = self._collect()
+                collected = self.collector.collect(self.step, self.advantage_config, self.display)
             except EngineFailure as error:
                 raise self._undone(error, before) from None
             self.engine.sleep()
-        values = rollout_metrics(batch, time.perf_counter() - rollout_began) | self.refill_metrics
-        if self.config.rollout.long_tail.is_cut:
-            values |= long_tail_metrics(batch)
-        if self.environment is not None:
-            values |= environment_metrics(batch)
-        self._report_faults(batch)
+        batch, values = collected.batch, collected.metrics
         try:
             batch.check_invalid(self.config.reward_suite.max_invalid_fraction)
         except TooManyInvalid as error:
             raise self._undone(error, before) from None
         with self._phase("advantage"):
-            advantages = self._advantages(batch, kept, values)
-        values |= {"run/policy_version": sync.policy_version, "run/epoch": self.sampler.epoch}
+            advantages = self._advantages(batch, collected.kept, values)
+        values |= {"run/policy_version": sync.policy_version, "run/epoch": self.collector.epoch}
         values |= sync.metrics()
         self._log_rollouts(batch, advantages)
         try:
-            values |= self._update(prompts, batch, advantages)
+            values |= self._update(collected.prompts, batch, advantages)
         except Fp8Drift as error:
             self.metrics.log(self.step + 1, values | error.metrics | self.parity.metrics())
             raise self._undone(error, before) from None
         memory = self.parts.platform.memory_stats()
         values |= {f"memory/{kind}_bytes": amount for kind, amount in memory.items()}
-        summary = {name: values[f"reward/{name}/mean"] for name in self.suite.names}
+        summary = {name: values[f"reward/{name}/mean"] for name in self.collector.suite.names}
         summary["tokens/s"] = values["rollout/tokens_per_second"]
         return values, summary
 
@@ -298,52 +267,6 @@ class GDPOTrainer:
             steps = self.checkpoints.steps()
             last = f"the last one is of step {steps[-1]}" if steps else "there is none"
             raise InputError([*error.problems, f"no checkpoint is made of them; {last}"]) from None
-
-    def _collect(self) -> tuple[list[Prompt], RolloutBatch, list[int]]:
-        """Sample the step's rollouts, in several rounds where groups are filtered.
-
-        Returns:
-            The prompts by group id, all rollouts, and the ids of the groups to train on.
-        """
-        config, dynamic = self.config, self.config.dynamic_sampling
-        filtering = dynamic.filter != "none"
-        refill = Refill(config.rollout.num_prompts_per_step, dynamic.max_rounds if filtering else 1)
-        prompts: list[Prompt] = []
-        rounds: list[RolloutBatch] = []
-        kept: list[int] = []
-        while num_groups := refill.num_wanted():
-            asked = self.long_tail.ask(self.step, num_groups, first_group=len(prompts))
-            batch = run_groups(
-                asked,
-                group_size=config.rollout.group_size,
-                sampling=self.sampling,
-                engine=self.engine,
-                engines=self.engines,
-                suite=self.suite,
-                platform=self.parts.platform,
-                seed=config.seed,
-                stream="train",
-                first_group=len(prompts),
-                num_wanted=num_groups,
-                long_tail=config.rollout.long_tail,
-                environment=self.environment,
-                stall=self.stall,
-                on_progress=self.display.progress,
-                on_generated=lambda: self.display.phase("reward"),
-            )
-            self.long_tail.settle(asked, batch.cut)
-            prompts += [asked[g].prompt for g in batch.cut.kept]
-            rounds.append(batch)
-            if not filtering:
-                return prompts, batch, list(range(len(prompts)))
-            decision = decide_groups(
-                batch.rewards, dynamic, self.advantage_config, base_dir=self._base_dir
-            )
-            kept += refill.add(decision)
-        self.refill_metrics = {
-            f"dynamic_sampling/{name}": value for name, value in refill.metrics().items()
-        }
-        return prompts, RolloutBatch.joined(rounds), kept
 
     def _advantages(
         self, batch: RolloutBatch, kept: Sequence[int], values: dict[str, float]
@@ -499,10 +422,10 @@ class GDPOTrainer:
                 self.policy,
                 {
                     "policy_version": self.policy_version,
-                    "sampler": self.sampler.state_dict(),
+                    **self.collector.state_dict(),
                     "parity": self.parity.state_dict(),
                 },
-                self.long_tail.own_state(self.engines),
+                self.collector.own_state(),
             )
 
     def _undone(
@@ -512,8 +435,7 @@ class GDPOTrainer:
 
         A run that goes on asks for the same rollouts again.
         """
-        sampler_state, self.long_tail.carried = before
-        self.sampler.load_state_dict(sampler_state)
+        self.collector.restore(before)
         return self._saved(error)
 
     def _saved(self, error: InputError) -> InputError:
@@ -535,20 +457,6 @@ class GDPOTrainer:
             replace(batch.rewards, reasons=batch.reasons),
             advantages.advantages,
         )
-
-    def _report_faults(self, batch: RolloutBatch) -> None:
-        """Show the first traceback of each reward that raises, and of the environment, once."""
-        faults = {
-            f"reward '{name}' raised; such rollouts have no value of it": traceback
-            for name, traceback in batch.report.tracebacks.items()
-        }
-        if batch.environment.traceback:
-            raised = "the environment raised; such rollouts have no reward"
-            faults[raised] = batch.environment.traceback
-        for what, traceback in faults.items():
-            if what not in self._told_faults and self.parts.mesh.rank == 0:
-                self._told_faults.add(what)
-                print(f"{what}\n{traceback}", file=sys.stderr, flush=True)
 
     def _display(self, title: str, start: int) -> ProgressDisplay:
         return ProgressDisplay(
