@@ -32,6 +32,7 @@ from gdpo_megatron.errors import InputError
 ENVIRONMENT = evaluator.Environment("bfcl", ("bfcl_eval", "transformers", "openai"))
 MAIN = Path(__file__).parent / "outside" / "bfcl_main.py"
 REFUSED = "INPUT ERROR: "
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 NO_ANSWER = "Error during inference:"
 """How bfcl-eval marks the result of a request that failed, which it then counts as a wrong one."""
 
@@ -58,6 +59,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All rows."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def copy_tokenizer(export: Path, folder: Path) -> Path:
+    """Config and tokenizer without code: bfcl-eval would run a Python file of the folder."""
+    folder.mkdir()
+    for pattern in TOKENIZER_FILES:
+        for path in export.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                shutil.copy(path, folder)
+    return folder
 
 
 def standard_error(share: float, num_samples: int) -> float | None:
@@ -97,7 +108,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
     environment = evaluator.variables(endpoint, work) | {
         "BFCL_PROJECT_ROOT": str(output),
         "REMOTE_OPENAI_BASE_URL": endpoint.url,
-        "REMOTE_OPENAI_TOKENIZER_PATH": str(options.export.resolve()),
+        "REMOTE_OPENAI_TOKENIZER_PATH": str(copy_tokenizer(options.export, work / "tokenizer")),
     }
     settings = {
         "categories": options.category,

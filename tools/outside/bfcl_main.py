@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bfcl_safety
 import requests
 from bfcl_eval.__main__ import cli
 from bfcl_eval.constants import eval_config, model_config
@@ -118,6 +119,7 @@ def main(spec: dict[str, Any]) -> None:
         categories += TEST_COLLECTION_MAPPING.get(name, [name])
     register(spec["model"], spec["like"], spec["context_length"])
     bear_token()
+    bfcl_safety.install()
     generate = ["generate", "--model", NAME, "--skip-server-setup"]
     generate += [
         "--num-threads",
