@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from gdpo_megatron import __version__
+import gdpo_megatron
 from gdpo_megatron.data.files import check_file, read_file
 from gdpo_megatron.data.row_pipeline import PrepareOptions, RowPipeline
 from gdpo_megatron.data.set_aside import SetAside, in_order, rejected_line
@@ -173,7 +173,7 @@ def _manifest(
     elsewhere = ("format", "inputs", "output", "source", "against", "overwrite")
     shown = {key: value for key, value in asdict(options).items() if key not in elsewhere}
     manifest: dict[str, Any] = {
-        "gdpo_megatron": __version__,
+        "gdpo_megatron": gdpo_megatron.__version__,
         "format": options.format,
         "source": pipeline.source,
         "options": shown,
