@@ -31,7 +31,7 @@ _JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], str]] = {
 _UNITS = {"train": "step", "sft": "step", "eval": "chunk"}
 """What a job finishes when it is interrupted."""
 
-_CHECKPOINT_COMMANDS = {
+_FILE_COMMANDS = {
     "convert": (
         checkpoint_cli.CONVERT_SUMMARY,
         checkpoint_cli.add_convert,
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_generate(commands)
     _add_doctor(commands)
-    for name, (summary, add, _) in _CHECKPOINT_COMMANDS.items():
+    for name, (summary, add, _) in _FILE_COMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         add(commands.add_parser(name, help=summary, description=description, allow_abbrev=False))
     return parser
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(_generate(options))
         if options.command == "doctor":
             sys.exit(_doctor(options))
-        sys.exit(_CHECKPOINT_COMMANDS[options.command][2](options))
+        sys.exit(_FILE_COMMANDS[options.command][2](options))
     except InputError as error:
         for problem in error.problems:
             print(f"gdpo-megatron: {problem}", file=sys.stderr)

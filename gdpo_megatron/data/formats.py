@@ -13,11 +13,11 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gdpo_megatron.data.schema import SCHEMA_KEYS, BadField, describe
+from gdpo_megatron.data.schema import RESERVED_KEYS, BadField, describe
 from gdpo_megatron.errors import did_you_mean
 from gdpo_megatron.registry import Registry
 
@@ -104,7 +104,7 @@ def _text_of(row: Row, *keys: str) -> str:
 def _rest(row: Row, *used: str) -> dict[str, Any]:
     """The row's other fields; those named as one of the schema's are put below `original`."""
     others = _without(row, *used)
-    original = {key: others.pop(key) for key in SCHEMA_KEYS & others.keys()}
+    original = {key: others.pop(key) for key in RESERVED_KEYS & others.keys()}
     return {**others, "original": original} if original else others
 
 
@@ -340,7 +340,7 @@ def rows(row: Row, *, prompt_key: str = "prompt", answer_key: str | None = "answ
     """Rows with a prompt and an answer.
 
     Args:
-        row: any fields; its own `id` names it.
+        row: any fields; its own `prompt_id` or `id` names it, as in a run.
         prompt_key: field of the prompt; a dotted key is a field of a nested object.
         answer_key: field of the answer; None where there is none. What is no text becomes JSON.
     """
@@ -350,5 +350,7 @@ def rows(row: Row, *, prompt_key: str = "prompt", answer_key: str | None = "answ
             answer = json.dumps(answer, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise BadAnswer(f"field '{answer_key}' cannot be written as JSON: {error}") from error
-    used: Sequence[str] = (prompt_key, answer_key or "answer")
-    return {**_without(row, *used), "prompt": value_of(row, prompt_key), "answer": answer}
+    rest = _without(row, prompt_key, answer_key or "answer")
+    if "prompt_id" in rest:
+        rest = {"id": rest["prompt_id"], **_without(rest, "prompt_id", "id")}
+    return {**rest, "prompt": value_of(row, prompt_key), "answer": answer}

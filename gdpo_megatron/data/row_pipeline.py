@@ -14,8 +14,8 @@ from gdpo_megatron.data.formats import FORMATS, BadAnswer, Format, OtherTask
 from gdpo_megatron.data.overlap import Leak, LeakIndex, normalized
 from gdpo_megatron.data.rows import template_fields, template_value
 from gdpo_megatron.data.schema import (
+    RESERVED_KEYS,
     REWARDS_KEY,
-    SCHEMA_KEYS,
     BadField,
     Message,
     PreparedRow,
@@ -133,7 +133,7 @@ class RowPipeline:
         if row.answer is not None and self._check_answer is not None:
             try:
                 self._check_answer(row.answer)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SetAside("bad_answer", str(error)) from error
         self._refuse_duplicate(row)
         leak = self._leaks.find(task_text(row.as_json())) if self._leaks else None
@@ -188,7 +188,7 @@ class RowPipeline:
             if is_blank(prompt):
                 raise SetAside("empty_prompt", "the prompt is blank")
             row = {"id": row_id, "source": self.source, "answer": None}
-            row |= {k: v for k, v in fields.items() if v is not None or k not in SCHEMA_KEYS}
+            row |= {k: v for k, v in fields.items() if v is not None or k not in RESERVED_KEYS}
             if isinstance(row["id"], int) and not isinstance(row["id"], bool):
                 row["id"] = str(row["id"])
             row |= self._wrapped(raw, prompt, row.get("problem"))

@@ -26,6 +26,10 @@ REWARDS_KEY = "rewards"
 """Field with the names of the rewards that apply to a row."""
 
 
+_OTHER_ID = "prompt_id"
+"""What a run takes for the id before it looks for `id`."""
+
+
 class BadField(ValueError):
     """What is wrong with a field of a row."""
 
@@ -56,7 +60,7 @@ class PreparedRow:
         """
         values = {key: check(raw, key) for key, check in _CHECKS.items()}
         rest = {key: value for key, value in raw.items() if key not in _CHECKS}
-        _check_json(rest)
+        _check_metadata(rest)
         return cls(**values, metadata=rest)
 
     def as_json(self) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def row_problems(raw: Mapping[str, Any]) -> list[str]:
         except BadField as problem:
             problems.append(str(problem))
     try:
-        _check_json({key: value for key, value in raw.items() if key not in _CHECKS})
+        _check_metadata({key: value for key, value in raw.items() if key not in _CHECKS})
     except BadField as problem:
         problems.append(str(problem))
     return problems
@@ -217,7 +221,9 @@ _CHECKS: dict[str, Callable[[Mapping[str, Any], str], Any]] = {
 }
 
 
-def _check_json(fields: Mapping[str, Any]) -> None:
+def _check_metadata(fields: Mapping[str, Any]) -> None:
+    if _OTHER_ID in fields:
+        raise BadField(f"field '{_OTHER_ID}' would be taken for the id; call it 'id'")
     for key, value in fields.items():
         try:
             json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -227,3 +233,6 @@ def _check_json(fields: Mapping[str, Any]) -> None:
 
 SCHEMA_KEYS: frozenset[str] = frozenset(_CHECKS)
 """The fields that the schema names."""
+
+RESERVED_KEYS: frozenset[str] = SCHEMA_KEYS | {_OTHER_ID}
+"""What metadata cannot be called."""

@@ -138,7 +138,7 @@ class RewardSuite:
             if reward.fn.check_answer is not None and answer is not None:
                 try:
                     reward.fn.check_answer(answer)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     problems.append(f"reward '{reward.name}': {error}")
         return problems
 

@@ -16,6 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gdpo_megatron.config.schema import DataConfig
 from gdpo_megatron.data.check import check_prepared
@@ -327,6 +329,69 @@ def test_duplicates_may_stay(tmp_path: Path):
     assert run(tmp_path, rows, keep_duplicates=True).manifest["set_aside"] == {}
 
 
+def stops(row: Any) -> Any:
+    if row["question"] == "stop":
+        raise KeyboardInterrupt
+    return {"prompt": row["question"], "answer": None}
+
+
+def test_files_stay_as_they_were_where_it_is_interrupted(tmp_path: Path):
+    format = f"{Path(__file__).resolve()}:stops"
+    run(tmp_path, [gsm("a"), gsm(" ")], format=format)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 4
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [gsm("b"), gsm("stop")], format=format)
+    del before["in.jsonl"]
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+JUNK = st.one_of(
+    st.binary(max_size=12),
+    st.sampled_from([b'{"prompt": "', b'"}', b"\\ud800", b"null", b"[", b"\xff", b" ", b"\x0b"]),
+    st.builds(
+        lambda prompt, more: json.dumps({"prompt": prompt, **more}).encode(),
+        st.text(max_size=3),
+        st.dictionaries(
+            st.sampled_from(["id", "rewards", "source", "problem", "prompt_id", "x"]),
+            st.one_of(st.none(), st.integers(0, 2), st.text(max_size=2), st.lists(st.just("r"))),
+        ),
+    ),
+)
+
+
+@given(st.lists(st.lists(JUNK, min_size=1, max_size=2).map(b"".join), max_size=8))
+@settings(max_examples=60)
+def test_nothing_is_lost_whatever_the_lines_are(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes]
+):
+    folder = tmp_path_factory.mktemp("junk")
+    data = b"\n".join([*lines, b'{"prompt": "the one"}'])
+    (folder / "in.jsonl").write_bytes(data)
+    stored = data.split(b"\n")
+    options = PrepareOptions(
+        format="rows",
+        inputs=(folder / "in.jsonl",),
+        output=folder / "out.jsonl",
+        format_args={"answer_key": None},
+    )
+    done = prepare(options)
+    written, rejected = lines_of(done.output), lines_of(done.rejected)
+    numbers = [number for number, line in enumerate(stored, start=1) if line.strip()]
+    assert len(written) + len(rejected) == len(numbers) == done.manifest["num_rows"]
+    assert {it["line"] for it in rejected} <= set(numbers)
+    assert check_prepared(done.output).good
+    assert len(read_rows(DataConfig(train="x", answer_key=None), done.output)) == len(written)
+    for found in rejected:
+        line = stored[found["line"] - 1].rstrip(b"\r")
+        if "row" in found:
+            assert found["row"] == json.loads(line)
+        else:
+            kept = found.get("text", "").encode() or base64.b64decode(found.get("base64", ""))
+            assert kept == line
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 
@@ -420,6 +485,7 @@ def test_check_names_line_and_field(tmp_path: Path):
             {**fine, "id": "c", "rewards": ["r", "r"], "extra": {"y": 1e999}},
             {**fine, "id": "d", "prompt": [{"role": "system", "content": "only"}]},
             {**fine, "id": "e", "rewards": None, "more": [1]},
+            {**fine, "id": "f", "prompt_id": "g"},
         ],
     )
     report = check_prepared(path)
@@ -439,5 +505,6 @@ def test_check_names_line_and_field(tmp_path: Path):
         "6: field 'extra' cannot be written as JSON: Out of range float values are not JSON "
         "compliant",
         "7: field 'prompt' is blank",
+        "9: field 'prompt_id' would be taken for the id; call it 'id'",
     ]
-    assert (report.num_rows, report.sources) == (8, {"s": 2}) and not report.good
+    assert (report.num_rows, report.sources) == (9, {"s": 2}) and not report.good
