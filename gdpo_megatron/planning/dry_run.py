@@ -39,6 +39,7 @@ from gdpo_megatron.distributed import mesh as meshes  # noqa: E402
 from gdpo_megatron.distributed.mesh import Mesh  # noqa: E402
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy  # noqa: E402
 from gdpo_megatron.policy.model import MegatronModel  # noqa: E402
+from gdpo_megatron.policy.optimizer import materialize_state  # noqa: E402
 from gdpo_megatron.policy.swapped import SwappedReference  # noqa: E402
 from gdpo_megatron.sft import CrossEntropy  # noqa: E402
 from gdpo_megatron.types import Prompt  # noqa: E402
@@ -185,6 +186,7 @@ class _Step:
         config, shape = self.job.config, self.job.shape()
         parameters, gradients = _buffer_bytes(self.policy)
         optimizer = _optimizer_bytes(self.policy)
+        materialize_state(self.policy.optimizer)  # as after the first update
         batches = self._micro_batches()
         if isinstance(config, RLConfig):
             with self._phase("weight_sync"):
@@ -309,7 +311,8 @@ def _buffer_bytes(policy: MegatronPolicy) -> tuple[int, int]:
         buffer for ddp in policy.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)
     ]
     parameters = sum(it.param_data.nbytes for it in buffers if it.param_data is not None)
-    frozen = [p for it in policy.chunks for p in it.parameters() if not p.requires_grad]
+    chunks: list[torch.nn.Module] = list(policy.chunks)
+    frozen = [p for it in chunks for p in it.parameters() if not p.requires_grad]
     return parameters + sum(p.nbytes for p in frozen), sum(it.grad_data.nbytes for it in buffers)
 
 
