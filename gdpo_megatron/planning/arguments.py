@@ -22,6 +22,10 @@ def add_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model-config", type=Path, metavar="FOLDER", help="of a config.json (model.hf_path's)"
     )
+    command.add_argument("--gpu", default="h100-80", help="a100-80, h100-80, h200-141 or cpu")
+    command.add_argument("--gpus-per-node", type=positive, default=8, help="(8)")
+    command.add_argument("--layouts", action="store_true", help="list other layouts that fit")
+    command.add_argument("--chart", type=Path, metavar="FILE", help="write the memory as a PNG")
     command.add_argument(
         "--dry-run",
         action="store_true",

@@ -15,6 +15,7 @@ from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture, NoModel
 from gdpo_megatron.conversion.families import load_architecture
+from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.conversion.model_folder import model_files
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.errors import InputError
@@ -112,6 +113,38 @@ class Job:
         return 2 if self.config.precision.params_dtype == "bfloat16" else 4
 
     @property
+    def num_parameters(self) -> int:
+        """Of the model, as its config.json says; adapters apart."""
+        return sum(math.prod(shape) for shape in hf_shapes(self.arch).values())
+
+    @property
+    def num_padding_parameters(self) -> int:
+        """Of the vocabulary in Megatron, over all ranks."""
+        tables = 1 if self.arch.tie_word_embeddings else 2
+        rows = self.arch.padded_vocab_size(self.tp) - self.arch.vocab_size
+        return tables * rows * self.arch.hidden_size
+
+    @property
+    def num_adapter_parameters(self) -> int:
+        """Of model.lora, over all ranks (policy/lora.py)."""
+        lora = self.config.model.lora
+        if lora is None:
+            return 0
+        count = 0
+        for row in self.arch.layer_rows:
+            target = row.megatron.split("|")[0].split(".")[-2]
+            if row.per_expert or target not in lora.target_modules or len(row.tensors[0][1]) != 2:
+                continue
+            shapes = [[self.arch.size_of(letter) for letter in shape] for _, shape in row.tensors]
+            count += lora.rank * (shapes[0][1] + sum(shape[0] for shape in shapes))
+        return count * self.arch.num_layers
+
+    @property
+    def stage_layers(self) -> list[int]:
+        """Of every stage, in the order that a token passes them."""
+        return stage_layers(self.arch.num_layers, self.config.parallel)
+
+    @property
     def rows_per_update(self) -> int:
         """Completions (rows, in sft) of one optimizer step, over all ranks."""
         if isinstance(self.config, SFTConfig):
@@ -183,7 +216,7 @@ def load_job(
     """
     if not path.is_file():
         raise InputError(f"no config file {path}")
-    config = _load_either(path, overrides)
+    config = load_either(path, overrides)
     if model_folder is None:
         model_folder = model_files(resolve_path(path.resolve().parent, config.model.hf_path))
     try:
@@ -200,7 +233,7 @@ def load_job(
     return job
 
 
-def _load_either(path: Path, overrides: Sequence[str]) -> RLConfig | SFTConfig:
+def load_either(path: Path, overrides: Sequence[str]) -> RLConfig | SFTConfig:
     """A config of `train` or of `sft`; of neither, told as of the one that it is nearer to."""
     errors: list[InputError] = []
     for root in (RLConfig, SFTConfig):
@@ -237,5 +270,5 @@ def engine_problems(config: RLConfig, arch: ModelArchitecture, world_size: int) 
 
 def layers_of_rank(job: Job, pp_rank: int) -> list[int]:
     """Layers of each virtual stage of a pipeline rank."""
-    stages = stage_layers(job.arch.num_layers, job.config.parallel)
+    stages = job.stage_layers
     return [stages[chunk * job.pp + pp_rank] for chunk in range(job.vp)]

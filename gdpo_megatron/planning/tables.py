@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from gdpo_megatron.planning.job import Job
+from gdpo_megatron.planning.machine import Assumptions
+from gdpo_megatron.planning.memory import PARTS
+from gdpo_megatron.planning.plan import Plan
 
 if TYPE_CHECKING:  # which import Megatron
     from gdpo_megatron.planning.dry_run import RankRecord, ShardSums
@@ -102,3 +105,76 @@ def shard_lines(job: Job, sums: ShardSums) -> list[str]:
     of_model = " + ".join([f"{sums.model_parameters:,} of the model", *extra])
     lines = [f"{text} parameters {'=' if sums.is_whole else 'are not'} {of_model}"]
     return lines + [f"  {problem}" for problem in sums.problems]
+
+
+def plan_lines(plan: Plan, gpu: str, gpus_per_node: int) -> list[str]:
+    """A plan: memory by phase, time by phase."""
+    job, memory, time = plan.job, plan.memory, plan.time
+    shape, held = job.shape(), memory.held
+    verdict = "fits" if plan.fits else "does not fit"
+    lines = [
+        f"{job.world_size} x {gpu}, {gpus_per_node} a node: {layout_name(job)}; {verdict}: "
+        f"{in_bytes(memory.peak_bytes)} of {in_bytes(plan.limit_bytes)} in {memory.peak_phase}",
+        f"{held.num_parameters:,} parameters on a GPU of stage {memory.pp_rank}, the fullest; "
+        f"an update is {shape.num_microbatches} micro-batches of {shape.rows} x {shape.columns} "
+        "tokens",
+        "",
+    ]
+    parts = [part for part in PARTS if any(part in phase for phase in memory.phases.values())]
+    rows = [
+        (
+            name,
+            *(in_bytes(held_.get(part, 0)) if held_.get(part) else "-" for part in parts),
+            in_bytes(sum(held_.values())),
+        )
+        for name, held_ in memory.phases.items()
+    ]
+    lines += table(("GPU memory", *parts, "in all"), rows)
+    if memory.host_bytes:
+        lines.append(
+            f"host memory: {in_bytes(memory.host_bytes)} a rank for the reference, "
+            f"{in_bytes(memory.host_bytes * gpus_per_node)} a node"
+        )
+    lines += [
+        "",
+        *table(
+            ("time", "seconds", "share"),
+            [
+                (name, f"{seconds:.2f}", f"{seconds / time.seconds:.0%}")
+                for name, seconds in time.phases.items()
+            ]
+            + [("step", f"{time.seconds:.2f}", "")],
+        ),
+    ]
+    lines.append(
+        f"{time.step_tokens / time.seconds / job.world_size:,.0f} tokens/s/GPU; training "
+        f"{time.training_flops:.3g} FLOP a step, {time.utilisation:.0%} of the peak in the update; "
+        f"pipeline bubble {time.bubble:.1%}"
+    )
+    return lines
+
+
+def layout_lines(plans: Sequence[Plan]) -> list[str]:
+    """Layouts that fit."""
+    if not plans:
+        return [
+            "no layout of this config fits; lower max_tokens_per_micro_batch or "
+            "micro_batch_size, set memory.*, or take more GPUs"
+        ]
+    rows = [
+        (
+            layout_name(plan.job),
+            str(getattr(getattr(plan.job.config, "rollout", None), "tensor_parallel_size", "-")),
+            in_bytes(plan.memory.peak_bytes),
+            plan.memory.peak_phase,
+            f"{plan.time.seconds:.1f}",
+        )
+        for plan in plans
+    ]
+    return table(("layout that fits", "engine TP", "memory", "in", "seconds"), rows)
+
+
+def assumption_lines(given: Assumptions) -> list[str]:
+    """What the time was computed with."""
+    values = [f"{name} {getattr(given, name):g}" for name in given.__slots__]
+    return ["assumed, not measured: " + ", ".join(values)]

@@ -211,7 +211,10 @@ def _makes_integers(func: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def _is_group(value: Any) -> bool:
-    return isinstance(value, torch.ScriptObject) and "ProcessGroup" in value._type().name()
+    if not isinstance(value, torch.ScriptObject):
+        return False
+    kind: Any = value._type()
+    return "ProcessGroup" in kind.name()
 
 
 def _unsent(func: Any, args: Any) -> Any:
@@ -280,7 +283,7 @@ def _apply(module: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.M
             applied = fn(parameter)
         if applied is not parameter:
             new = torch.nn.Parameter(applied, parameter.requires_grad)
-            new.__dict__.update(parameter.__dict__)
+            vars(new).update(vars(parameter))
             module._parameters[name] = new
     for name, buffer in module._buffers.items():
         if buffer is not None:
