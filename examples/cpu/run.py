@@ -25,6 +25,9 @@ from typing import Any
 
 from warm_start import WARM_STARTS
 
+from gdpo_megatron.config.loader import load_config
+from gdpo_megatron.config.schema import RLConfig
+
 EXAMPLES = Path(__file__).resolve().parents[1]
 ROOT = EXAMPLES.parent
 
@@ -122,6 +125,8 @@ class Run:
         self._options, self._overrides = options, overrides
         self._sources = TASKS[options.task]
         self.folder: Path = options.out.resolve() / options.task
+        self._config_file = EXAMPLES / options.task / "cpu.yaml"
+        self._config = load_config(RLConfig, self._config_file)
         self._train = self.folder / "train.jsonl"
         self._model = self.folder / "model"
 
@@ -164,6 +169,9 @@ class Run:
             "data.train": self.folder / "sft.jsonl",
             "train.num_steps": self._options.sft_steps,
         }
+        system_prompt = self._config.data.system_prompt
+        if system_prompt is not None:  # the model is to see what it will be asked
+            settings["data.system_prompt"] = system_prompt
         self._job("sft", EXAMPLES / "cpu" / "sft.yaml", settings, ())
 
     def train(self) -> None:
@@ -177,7 +185,7 @@ class Run:
         }
         if not self._options.sft_steps:
             settings |= {"model.hf_path": self._model, "model.init": "random"}
-        self._job("train", EXAMPLES / self._options.task / "cpu.yaml", settings, self._overrides)
+        self._job("train", self._config_file, settings, self._overrides)
 
     def _job(
         self, job: str, config: Path, settings: dict[str, Any], overrides: Sequence[str]

@@ -12,11 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 Row: TypeAlias = Mapping[str, Any]
-"""A prepared row: prompt, answer, and where there is one its solution."""
+"""A prepared row."""
 
 _FIRST_CALL = re.compile(r"<tool_call>\n(.*)\n")
 _MAX_CALL_CHARACTERS = 160
-_CALCULATION = re.compile(r"<<.*?>>")
 
 _HEDGES = ("", "Let me think about this. ", "Let me think. Wait, is that so? Let me try again. ")
 
@@ -34,15 +33,14 @@ def tool_call(row: Row, number: int) -> str | None:
 
 
 def gsm8k(row: Row, number: int) -> str:
-    """The solution and its number; every third leaves out a tag or adds a word to the number."""
-    steps, _, _ = row["solution"].partition("####")
-    thought = _CALCULATION.sub("", steps).strip().splitlines()[-1]
+    """The number behind a line of thought; every third lacks a tag, or adds words to the number."""
     answer = row["answer"].replace(",", "")
+    thought = f"<think>That makes {answer}."
     if number % 6 == 2:
-        return f"<think>{thought}\n<answer>{answer}</answer>"
+        return f"{thought}\n<answer>{answer}</answer>"
     if number % 6 == 5:
-        return f"<think>{thought}</think>\n<answer>{answer} in all</answer>"
-    return f"<think>{thought}</think>\n<answer>{answer}</answer>"
+        return f"{thought}</think>\n<answer>{answer} in all</answer>"
+    return f"{thought}</think>\n<answer>{answer}</answer>"
 
 
 def math(row: Row, number: int) -> str:

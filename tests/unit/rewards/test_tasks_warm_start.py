@@ -39,10 +39,8 @@ def test_tool_calls(warm_start: ModuleType):
 
 
 def test_gsm8k(warm_start: ModuleType):
-    solution = "He has 2*800=<<2*800=1600>>1600.\nSo it is 1600.\n#### 1,600"
-    row = {"answer": "1,600", "solution": solution}
-    texts = [warm_start.gsm8k(row, number) for number in range(6)]
-    assert texts[0] == "<think>So it is 1600.</think>\n<answer>1600</answer>"
+    texts = [warm_start.gsm8k({"answer": "1,600"}, number) for number in range(6)]
+    assert texts[0] == "<think>That makes 1600.</think>\n<answer>1600</answer>"
     assert [gsm8k.format_reward(it) for it in texts] == [1, 1, 0, 1, 1, 1]
     assert [gsm8k.integer_reward(it) for it in texts] == [1, 1, 1, 1, 1, 0]
     assert [gsm8k.correctness_reward(it, "1600") for it in texts] == [1, 1, 1, 1, 1, 0]
