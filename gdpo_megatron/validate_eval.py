@@ -46,7 +46,11 @@ def eval_rewards(config: RLConfig, base_dir: Path) -> list[ResolvedReward]:
 
 
 def eval_checks(
-    job: str, config: RLConfig, base_dir: Path, tokenizer: Tokenizer | None
+    job: str,
+    config: RLConfig,
+    base_dir: Path,
+    tokenizer: Tokenizer | None,
+    found: list[LoadedSet],
 ) -> Iterator[Check]:
     """Checks of the sets and their files.
 
@@ -55,6 +59,7 @@ def eval_checks(
         config: the loaded config.
         base_dir: folder that its relative paths start from.
         tokenizer: of the model; without it only rows are looked at.
+        found: gets the sets that could be read.
     """
     sets: list[EvalSet] = []
 
@@ -67,7 +72,7 @@ def eval_checks(
 
     yield find_sets
     for it in sets:
-        yield partial(_set_problems, job, it, config, base_dir, tokenizer)
+        yield partial(_set_problems, job, it, config, base_dir, tokenizer, found)
     if config.data.train is None or config.eval.allow_train_overlap or not sets:
         return
     # A model may be evaluated where the rows that it was trained on are not.
@@ -76,7 +81,12 @@ def eval_checks(
 
 
 def _set_problems(
-    job: str, it: EvalSet, config: RLConfig, base_dir: Path, tokenizer: Tokenizer | None
+    job: str,
+    it: EvalSet,
+    config: RLConfig,
+    base_dir: Path,
+    tokenizer: Tokenizer | None,
+    found: list[LoadedSet],
 ) -> list[str]:
     rows: Sequence[DataRow | Prompt]
     loaded: LoadedSet | None = None
@@ -85,12 +95,13 @@ def _set_problems(
     else:
         loaded = load_set(it, config, base_dir, tokenizer)
         rows = loaded.prompts
+        found.append(loaded)
         if loaded.num_left_out:
             logger.warning(
-                "%s: %d rows are left out: their prompts are longer than %d tokens",
+                "%s: rows left out, their prompts being longer than %d tokens: %d",
                 resolve_path(base_dir, it.path),
-                loaded.num_left_out,
                 it.room,
+                loaded.num_left_out,
             )
     suite = RewardSuite(it.rewards, group_size=it.samples_per_prompt, base_dir=base_dir)
     path = resolve_path(base_dir, it.path)

@@ -94,9 +94,10 @@ class SetResult:
     def as_text(self) -> str:
         """A few lines: what was done, a line for each quantity, what is to be known besides."""
         sampling, n = self.eval_set.sampling, self.eval_set.samples_per_prompt
-        how = f"T {sampling.temperature:g}" if sampling.temperature else "greedy"
-        how += f", top_p {sampling.top_p:g}" if sampling.top_p < 1 else ""
-        how += f", top_k {sampling.top_k}" if sampling.top_k else ""
+        how = "greedy"
+        if sampling.temperature:
+            how = f"T {sampling.temperature:g}, top_p {sampling.top_p:g}"
+            how += f", top_k {sampling.top_k}" if sampling.top_k else ""
         lines = [
             f"{self.eval_set.name}: {self.num_prompts} prompts x {n}, {how}, "
             f"at most {sampling.max_completion_tokens} tokens"
@@ -104,7 +105,7 @@ class SetResult:
         width = max(map(len, self.estimates))
         lines += [f"  {name:{width}}  {_figure(it)}" for name, it in self.estimates.items()]
         if self.num_left_out:
-            lines.append(f"  {self.num_left_out} rows are left out: their prompts are too long")
+            lines.append(f"  rows left out, their prompts being too long: {self.num_left_out}")
         for name, it in self.missing.items():
             if it.num_invalid:
                 why = ", ".join(f"{reason} ({count})" for reason, count in it.reasons.items())
