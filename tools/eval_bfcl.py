@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
         versions=versions,
         command=command,
     )
-    evaluator.finish(summary, output, started)
+    evaluator.finish(summary, output, work, started)
     if failed:
         raise EvaluatorFailed(
             f"{len(failed)} requests failed, which bfcl-eval counts as wrong answers; the first: "

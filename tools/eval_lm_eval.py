@@ -226,7 +226,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
     )
     if options.data is not None:
         summary.data = [{**evaluator.file_facts(options.data), "num_rows": num_rows}]
-    evaluator.finish(summary, output, started)
+    evaluator.finish(summary, output, work, started)
     if counts["num_prompts_cut"]:
         print(
             f"note: lm-eval cut the beginning off {counts['num_prompts_cut']} prompts that leave "

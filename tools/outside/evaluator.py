@@ -227,8 +227,9 @@ def model_facts(options: argparse.Namespace, endpoint: Endpoint, context: int) -
     }
 
 
-def finish(summary: Summary, output: Path, started: float) -> None:
-    """Write summary.json and show its figures."""
+def finish(summary: Summary, output: Path, work: Path, started: float) -> None:
+    """Delete the scratch files, write summary.json and show its figures."""
+    shutil.rmtree(work, ignore_errors=True)
     summary.seconds = round(time.monotonic() - started, 1)
     summary.files = sorted(str(it.relative_to(output)) for it in output.rglob("*") if it.is_file())
     (output / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
