@@ -22,6 +22,7 @@ from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.launch import INTERRUPTED, LaunchOptions, run
 from gdpo_megatron.planning.arguments import PLAN_SUMMARY, add_plan
+from gdpo_megatron.validation_report.arguments import VALIDATE_SUMMARY, add_validate
 
 _JOBS: dict[str, tuple[type[RLConfig] | type[SFTConfig], str]] = {
     "train": (RLConfig, "train with GDPO, or another estimator"),
@@ -85,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
     )
+    add_validate(
+        commands.add_parser(
+            "validate",
+            help=VALIDATE_SUMMARY,
+            description=f"{VALIDATE_SUMMARY[0].upper()}{VALIDATE_SUMMARY[1:]}.",
+            allow_abbrev=False,
+        )
+    )
     _add_generate(commands)
     _add_doctor(commands)
     for name, (summary, add, _) in _FILE_COMMANDS.items():
@@ -128,6 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from gdpo_megatron.planning.cli import run_plan  # torch takes seconds
 
             sys.exit(run_plan(options, rest))
+        if options.command == "validate":
+            from gdpo_megatron.validation_report.report import run_validate
+
+            sys.exit(run_validate(options, rest))
         if rest:
             parser.error(f"unknown arguments: {' '.join(rest)}")
         if options.command == "generate":

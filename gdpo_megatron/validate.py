@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdpo_megatron.algorithms import logprob_problems, resolve_estimator
@@ -19,12 +20,13 @@ from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture, NoModel
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.model_folder import model_files, open_checkpoint
-from gdpo_megatron.data.prompts import load_prompts, load_sft_rows
+from gdpo_megatron.data.prompts import SFTRow, load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import DataRow, read_rows
 from gdpo_megatron.data.schema import REWARDS_KEY
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
 from gdpo_megatron.errors import InputError, did_you_mean
+from gdpo_megatron.evaluation.loaded import LoadedSet
 from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.platform.vllm_versions import vllm_problems
 from gdpo_megatron.rewards.resolve import ResolvedReward
@@ -51,7 +53,28 @@ from gdpo_megatron.validate_memory import memory_problems
 Check = Callable[[], "list[str] | None"]
 
 
-def validate(job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int) -> None:
+@dataclass(slots=True)
+class Found:
+    """What the checks have read of a job; None is what they could not, or what it has none of."""
+
+    arch: ModelArchitecture | None = None
+    tokenizer: Tokenizer | None = None
+    suite: RewardSuite | None = None
+    only_evaluated: list[ResolvedReward] = field(default_factory=list[ResolvedReward])
+    rows: Sequence[Prompt | DataRow] = ()
+    """Of data.train, in `train`."""
+    sft_rows: Sequence[SFTRow] = ()
+    sets: list[LoadedSet] = field(default_factory=list[LoadedSet])
+
+
+def validate(
+    job: str,
+    config: RLConfig | SFTConfig,
+    base_dir: Path,
+    world_size: int,
+    *,
+    elsewhere: bool = False,
+) -> Found:
     """Check a job.
 
     Args:
@@ -59,81 +82,83 @@ def validate(job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size:
         config: the loaded config, whose keys and ranges are right.
         base_dir: folder that its relative paths start from.
         world_size: ranks that it will be started with.
+        elsewhere: it will run on GPUs of other machines: what this one lacks for it (vLLM, FP8, a
+            sandbox, a backend that gathers uneven parts) is no problem.
 
     Raises:
         InputError: all problems found.
     """
     problems: list[str] = []
-    for check in _checks(job, config, base_dir, world_size):
+    found = Found()
+    for check in _checks(job, config, base_dir, world_size, found, elsewhere):
         try:
             problems += check() or []
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
+    return found
 
 
 def _checks(
-    job: str, config: RLConfig | SFTConfig, base_dir: Path, world_size: int
+    job: str,
+    config: RLConfig | SFTConfig,
+    base_dir: Path,
+    world_size: int,
+    found: Found,
+    elsewhere: bool,
 ) -> Iterator[Check]:
     """What one check finds is there for the next; one whose subject is missing is left out."""
     model = config.model
     folder = resolve_path(base_dir, model.hf_path)
-    arch: ModelArchitecture | None = None
-    tokenizer: Tokenizer | None = None
-    suite: RewardSuite | None = None
-    only_evaluated: list[ResolvedReward] = []
 
     def load_arch() -> None:
-        nonlocal arch
         try:
-            arch = load_architecture(model_files(folder))
+            found.arch = load_architecture(model_files(folder))
         except NoModel as error:
             raise InputError(f"model.hf_path: {error}") from error
 
     def read_tokenizer() -> None:
-        nonlocal tokenizer
         if model.tokenizer_path is not None or folder.is_dir():  # else it is told already
             own = model.tokenizer_path
             path = resolve_path(base_dir, own) if own else model_files(folder)
-            tokenizer = load_tokenizer(path)
+            found.tokenizer = load_tokenizer(path)
 
     def load_rewards() -> None:
-        nonlocal suite
         assert isinstance(config, RLConfig)
         group_size = config.rollout.group_size
-        suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
+        found.suite = RewardSuite(config.rewards, group_size=group_size, base_dir=base_dir)
 
     def load_eval_rewards() -> None:
         assert isinstance(config, RLConfig)
-        only_evaluated.extend(eval_rewards(config, base_dir))
+        found.only_evaluated.extend(eval_rewards(config, base_dir))
 
     yield _megatron
     yield lambda: _run_dir(job, config, base_dir)
     yield load_arch
     yield read_tokenizer
+    arch, tokenizer = found.arch, found.tokenizer
     if arch is not None:
-        found = arch
-        yield lambda: _sizes(config, found, tokenizer)
+        yield lambda: _sizes(config, arch, tokenizer)
         if model.init == "pretrained":
-            yield lambda: _weights(folder, found)
-    yield lambda: layout_problems(job, config, world_size, arch)
+            yield lambda: _weights(folder, arch)
+    gathers = True if elsewhere else None
+    yield lambda: layout_problems(job, config, world_size, arch, uneven_gathers=gathers)
     yield lambda: lora_problems(job, config, base_dir, arch)
     yield lambda: memory_problems(job, config, arch)
-    yield lambda: fp8_problems(job, config, arch)
+    yield lambda: fp8_problems(job, config, arch, elsewhere=elsewhere)
     yield lambda: _optimizer(config, job)
     if isinstance(config, SFTConfig):
-        yield lambda: _sft_data(config, base_dir, tokenizer)
+        yield lambda: _sft_data(config, base_dir, found)
         return
     if arch is not None:
-        found = arch
-        yield lambda: _engine(config, found, world_size, base_dir)
+        yield lambda: _engine(config, arch, world_size, base_dir, elsewhere)
     configure(config.sandbox)  # answers are checked by its rules
     yield load_rewards
     yield load_eval_rewards
-    if suite is not None:
-        rewards = (*suite.rewards, *only_evaluated)
-        yield lambda: _sandbox(config, rewards)
+    if found.suite is not None:
+        rewards = (*found.suite.rewards, *found.only_evaluated)
+        yield lambda: _sandbox(config, rewards, elsewhere)
     measured = (*config.rewards, *config.eval.rewards)
     yield lambda: environment_problems(config, base_dir, tokenizer, measured)
     yield lambda: _run(config, job)
@@ -146,8 +171,8 @@ def _checks(
             dynamic_filter=config.dynamic_sampling.filter,
         )
         yield lambda: _estimator(config, base_dir)
-        yield lambda: _prompts(config, base_dir, tokenizer, suite)
-    yield from eval_checks(job, config, base_dir, tokenizer)
+        yield lambda: _prompts(config, base_dir, found)
+    yield from eval_checks(job, config, base_dir, tokenizer, found.sets)
 
 
 def _megatron() -> None:
@@ -203,7 +228,7 @@ def _weights(folder: Path, arch: ModelArchitecture) -> None:
 
 
 def _engine(
-    config: RLConfig, arch: ModelArchitecture, world_size: int, base_dir: Path
+    config: RLConfig, arch: ModelArchitecture, world_size: int, base_dir: Path, elsewhere: bool
 ) -> list[str]:
     import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 
@@ -227,7 +252,7 @@ def _engine(
             f"rollout.vllm is set, but rollout.engine is {rollout.engine}; remove it, or set "
             "rollout.engine to vllm"
         )
-    if rollout.engine == "vllm":
+    if rollout.engine == "vllm" and not elsewhere:
         problems += [f"rollout.engine: {problem}" for problem in vllm_problems()]
     return problems
 
@@ -277,12 +302,14 @@ def _run(config: RLConfig, job: str) -> list[str]:
     return problems
 
 
-def _sandbox(config: RLConfig, rewards: Sequence[ResolvedReward]) -> list[str]:
+def _sandbox(config: RLConfig, rewards: Sequence[ResolvedReward], elsewhere: bool) -> list[str]:
     using = [reward for reward in rewards if is_sandbox_user(reward.fn.function)]
     if not using:
         return []
     users = [reward.name for reward in using]
     problems = [line for reward in using for line in _too_slow_programs(config, reward)]
+    if elsewhere:
+        return problems
     try:
         Sandbox(config.sandbox).close()
     except SandboxUnavailable as error:
@@ -319,11 +346,9 @@ def _optimizer(config: RLConfig | SFTConfig, job: str) -> list[str]:
     return problems
 
 
-def _prompts(
-    config: RLConfig, base_dir: Path, tokenizer: Tokenizer | None, suite: RewardSuite | None
-) -> list[str]:
+def _prompts(config: RLConfig, base_dir: Path, found: Found) -> list[str]:
     """Read data.train as the workers will; without tokenizer or room, only its rows."""
-    path = config.data.train
+    path, tokenizer, suite = config.data.train, found.tokenizer, found.suite
     if path is None:
         return ["data.train: missing; train needs a file of rows"]
     room = config.model.max_sequence_length - config.rollout.max_completion_tokens
@@ -339,6 +364,7 @@ def _prompts(
             max_prompt_tokens=room,
             reward_names=names,
         )
+    found.rows = rows
     problems = _own_rewards(config, base_dir, path, rows)
     if suite is not None:
         problems += row_problems(resolve_path(base_dir, path), rows, suite)
@@ -356,20 +382,20 @@ def _own_rewards(
     if config.advantage.missing != "error" or not leave_out:
         return []
     return [
-        f"advantage.missing is 'error', but {len(leave_out)} rows of {resolve_path(base_dir, path)} "
-        f"leave rewards out by their field '{REWARDS_KEY}', the first is '{leave_out[0]}'; missing: "
-        "exclude is for such data"
+        f"advantage.missing is 'error', but {len(leave_out)} rows of "
+        f"{resolve_path(base_dir, path)} leave rewards out by their field '{REWARDS_KEY}', the "
+        f"first is '{leave_out[0]}'; missing: exclude is for such data"
     ]
 
 
-def _sft_data(config: SFTConfig, base_dir: Path, tokenizer: Tokenizer | None) -> None:
-    path = config.data.train
+def _sft_data(config: SFTConfig, base_dir: Path, found: Found) -> None:
+    path, tokenizer = config.data.train, found.tokenizer
     if path is None:
         raise InputError("data.train: missing; sft needs a file of rows")
     if tokenizer is None:
         read_rows(config.data, path, base_dir=base_dir, kind="sft")
         return
-    load_sft_rows(
+    found.sft_rows = load_sft_rows(
         config.data,
         tokenizer,
         path=path,

@@ -10,7 +10,11 @@ _MULTIPLE = 16  # of the kernels; policy/fp8.py asserts it
 
 
 def fp8_problems(
-    job: str, config: RLConfig | SFTConfig, arch: ModelArchitecture | None
+    job: str,
+    config: RLConfig | SFTConfig,
+    arch: ModelArchitecture | None,
+    *,
+    elsewhere: bool = False,
 ) -> list[str]:
     """Problems of the section, of its machine and of its model.
 
@@ -18,12 +22,13 @@ def fp8_problems(
         job: "train", "sft" or "eval"; the last one has no update.
         config: the loaded config.
         arch: of the model; None where it could not be read.
+        elsewhere: it will run on other machines, of which nothing is asked here.
     """
     fp8 = config.precision.fp8
     if fp8 is None or job == "eval":
         return []
     problems: list[str] = []
-    missing = detect_platform().missing_for_fp8()
+    missing = None if elsewhere else detect_platform().missing_for_fp8()
     if missing is not None:
         problems.append(f"precision.fp8: {fp8.backend} needs {missing}; set precision.fp8: null")
     if arch is None:

@@ -10,7 +10,7 @@ import torch
 
 from gdpo_megatron.platform.megatron_versions import megatron_version
 
-_FIRST_WITH_FP8 = (8, 9)  # Ada; Hopper is (9, 0)
+FIRST_WITH_FP8 = (8, 9)  # Ada; Hopper is (9, 0)
 
 
 class CudaPlatform:
@@ -46,9 +46,9 @@ class CudaPlatform:
 
     def missing_for_fp8(self) -> str | None:
         capability = torch.cuda.get_device_capability()
-        if capability >= _FIRST_WITH_FP8:
+        if capability >= FIRST_WITH_FP8:
             return None
-        has, needed = (".".join(map(str, it)) for it in (capability, _FIRST_WITH_FP8))
+        has, needed = (".".join(map(str, it)) for it in (capability, FIRST_WITH_FP8))
         return (
             f"a GPU of compute capability {needed} or higher (Ada, Hopper); "
             f"{torch.cuda.get_device_name()} has {has}"
