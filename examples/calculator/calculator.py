@@ -1,8 +1,8 @@
 """A small model learns to call a calculator, from nothing, on a laptop.
 
-Makes data and a tokenizer, warm-starts a model of one million parameters on transcripts of which
-most are bad, trains it with GDPO and the environment `tools` and, with --control, once more with
-advantages dealt out to the wrong rollouts; evaluates on held-out questions before and after, shows
+Makes data and a tokenizer, warm-starts a model of half a million parameters on transcripts of which
+most are bad, and trains it with GDPO and the environment `tools`; with --control, once more with
+advantages dealt out to the wrong rollouts. Evaluates on held-out questions before and after, shows
 a conversation and draws the curves. Every stage is a `gdpo-megatron` command, printed before it
 runs. A stage that is done is not repeated.
 """

@@ -1,9 +1,9 @@
 """The calculator example's data set, tokenizer and model config, made by code from a seed.
 
-A question like "37 times 84 plus 15" is beyond a model of one million parameters, and easy with a
-calculator. The transcripts of the warm start are answered by the environment that training uses.
-Most of them are bad examples on purpose: they do not call, write calls that cannot be read, or copy
-numbers wrongly. The warm-started model does the same, and RL has something to find.
+A question like "What is 37 * 84 % 59?" is beyond a model of half a million parameters, and easy
+with a calculator. The transcripts of the warm start are answered by the environment that training
+uses. Most of them are bad examples on purpose: they do not call, write calls that cannot be read,
+or copy numbers wrongly. The warm-started model does the same, and RL has something to find.
 
     sft.jsonl    prompt, completion   one turn each: what came before it, and the turn
     train.jsonl  prompt, answer       questions and results
@@ -39,18 +39,6 @@ GIVE_UP = 0.5  # after an error: does not know, instead of calling again
 WRONG_COPY = 0.1  # of the answers after a result: a wrong digit
 UNKNOWN = "unknown"
 
-_ASK = {
-    "+": (
-        "{a} times {b} plus {c}",
-        "multiply {a} by {b} and add {c}",
-        "add {c} to {a} times {b}",
-    ),
-    "-": (
-        "{a} times {b} minus {c}",
-        "multiply {a} by {b} and subtract {c}",
-        "subtract {c} from {a} times {b}",
-    ),
-}
 _BREAK = (
     lambda call: call.replace('"}}', '"}'),
     lambda call: call.replace('"name": ', '"name" '),
@@ -62,30 +50,30 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Question:
-    """A question, and the expression that answers it."""
+    """A question by the expression that answers it."""
 
-    text: str
     expression: str
 
     @property
     def result(self) -> str:
         """The right answer."""
-        a, _, b, operator, c = self.expression.split()
-        product, last = int(a) * int(b), int(c)
-        return str(product + last if operator == "+" else product - last)
+        a, _, b, _, c = self.expression.split()
+        return str(int(a) * int(b) % int(c))
 
     @property
     def prompt(self) -> list[Message]:
         """The chat so far."""
-        return [{"role": "user", "content": self.text}]
+        return [{"role": "user", "content": f"What is {self.expression}?"}]
 
 
 def draw_question(rng: random.Random) -> Question:
-    """A product of two numbers of two digits, and a third one added or subtracted."""
-    operator = rng.choice("+-")
-    a, b, c = (rng.randint(12, 99) for _ in range(3))
-    text = rng.choice(_ASK[operator]).format(a=a, b=b, c=c)
-    return Question(text, f"{a} * {b} {operator} {c}")
+    """What is left of the product of two numbers, divided by a third one.
+
+    Hard to do in one's head, and yet all numbers are one token each: what is to be copied stands at
+    a fixed distance, which a small model learns soon.
+    """
+    a, b, c = (rng.randint(32, 99) for _ in range(3))
+    return Question(f"{a} * {b} % {c}")
 
 
 def render_call(expression: str) -> str:
@@ -102,7 +90,7 @@ def render_answer(result: str) -> str:
 def draw_transcript(question: Question, rng: random.Random) -> list[tuple[list[Message], str]]:
     """A bad example, most of the time: each turn, with all that was before it."""
     environment = ToolsEnvironment(["calculator"])
-    environment.reset(Task(prompt=question.text))
+    environment.reset(Task(prompt=question.prompt[0]["content"]))
     chat = question.prompt
     turns: list[tuple[list[Message], str]] = []
     turn = render_answer(UNKNOWN) if rng.random() < NO_CALL else _call(question, rng)
@@ -179,7 +167,7 @@ def make_calculator_data(folder: Path, seed: int) -> None:
         folder / "model",
         texts,
         vocab_size=MAX_VOCAB_SIZE,
-        shape=TinyShape(max_positions=MAX_POSITIONS),
+        shape=TinyShape(num_layers=2, max_positions=MAX_POSITIONS),
         pieces=PIECES,
     )
 

@@ -61,8 +61,8 @@ def test_a_seed_gives_the_same_bytes(make_data: ModuleType, folder: Path, tmp_pa
 
 
 def test_golds_are_what_the_calculator_says(make_data: ModuleType, folder: Path):
-    assert make_data.Question("", "37 * 84 + 15").result == "3123"
-    assert make_data.Question("", "12 * 13 - 99").result == "57"
+    assert make_data.Question("37 * 84 % 59").result == "40"
+    assert make_data.Question("34 * 34 % 34").result == "0"
     for row in read(folder, "sft"):
         for message in row["prompt"][1:2]:
             for call in read_calls(message["content"], "tool_call"):
