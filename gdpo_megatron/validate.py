@@ -216,6 +216,15 @@ def _sizes(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {arch.vocab_size}; "
             "set model.tokenizer_path to the model's own"
         )
+    if isinstance(config, RLConfig):
+        for name, sampling in (("rollout", config.rollout), ("eval", config.eval)):
+            # vLLM refuses them at the first request; elsewhere they would never come.
+            outside = [i for i in sampling.stop_token_ids or () if not 0 <= i < arch.vocab_size]
+            if outside:
+                problems.append(
+                    f"{name}.stop_token_ids: {', '.join(map(str, outside[:5]))} are no tokens of "
+                    f"the model, which has {arch.vocab_size}"
+                )
     return problems
 
 

@@ -44,7 +44,7 @@ def config(name: str) -> dict[str, Any]:
             "num_prompts_per_step": 4,
             "group_size": 4,
             "max_completion_tokens": 88,
-            "stop_token_ids": list(range(0, 1024, 12)),
+            "stop_token_ids": list(range(0, 780, 12)),
             "environment": {"type": f"{ENVIRONMENTS}:Echo", "max_turns": 6},
         },
         "train": {"num_steps": 2},

@@ -195,6 +195,10 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
         "--model.max_sequence_length 129",
         ["model.max_sequence_length is 129, but the model has only 128 positions"],
     ),
+    "tokens that the model does not have": (
+        "--rollout.stop_token_ids [1,300,-2]",
+        ["rollout.stop_token_ids: 300, -2 are no tokens of the model, which has 300"],
+    ),
     "no room for a prompt": (
         "--rollout.max_completion_tokens 64",
         [
