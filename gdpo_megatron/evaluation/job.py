@@ -34,7 +34,7 @@ class DigestedWeights:
         for name in hf_shapes(self._parts.arch):
             tensor = reader.get(name)
             self._digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            self._digest.update(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            self._digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
             yield name, tensor
 
     def hexdigest(self) -> str:

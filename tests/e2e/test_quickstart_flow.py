@@ -32,7 +32,13 @@ def trained(quickstart: Path, sft: Path) -> tuple[Path, str]:
         "data": {"train": "train.jsonl", "eval": "eval.jsonl"},
         "rewards": [{"name": name, "type": f"tool_call_{name}"} for name in REWARDS],
         "rollout": {"num_prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 48},
-        "eval": {"max_completion_tokens": 32, "num_prompts": 8, "samples_per_prompt": 2},
+        "eval": {
+            "max_completion_tokens": 32,
+            "num_prompts": 8,
+            "samples_per_prompt": 2,
+            "correct": {"reward": "correctness", "gte": -3.0},
+            "sets": [{"name": "again", "data": "eval.jsonl", "num_prompts": 3}],
+        },
         "train": {"num_steps": 3, "num_minibatches_per_step": 2, "eval_interval": 3},
         "optimizer": {"lr": 1e-4},
         "loss": {"kl_coef": 0.01},
@@ -71,8 +77,12 @@ def test_training_logs_every_step(trained: tuple[Path, str]):
     names = [{name for name in it if not re.match("reward/[^/]+/num_", name)} for it in metrics]
     assert names[0] == names[1]
     assert {name for name in names[2] - names[1] if not name.startswith("time/")} == {
-        *(f"eval/{it}" for it in ("mean_tokens", "truncated_share", "invalid_share")),
-        *(f"eval/{reward}/{it}" for reward in REWARDS for it in ("mean", "standard_error")),
+        f"{prefix}/{name}"
+        for prefix in ("eval", "eval/again")
+        for name in (
+            *("mean_tokens", "truncated_share", "invalid_share", "pass@1"),
+            *(f"{reward}/{it}" for reward in REWARDS for it in ("mean", "standard_error")),
+        )
     }
     assert all(f"step {n}/3" in output for n in (1, 2, 3))
     assert list((run_dir / "tensorboard").iterdir())
@@ -124,7 +134,11 @@ def test_eval_of_the_export_finds_what_the_last_step_found(
     last = read_jsonl(trained[0] / "metrics.jsonl")[-1]
     succeed("eval", quickstart / "gdpo.yaml", "--model.hf_path", "gdpo/hf", "--run_dir", "eval")
     folder = quickstart / "eval/eval/hf"
-    (found,) = json.loads((folder / "results.json").read_text())["sets"].values()
+    sets = json.loads((folder / "results.json").read_text())["sets"]
+    assert sets["again"]["num_prompts"] == 3
+    # Every correctness is at least -3: all are right.
+    assert sets["again"]["quantities"]["pass@1"]["mean"] == last["eval/again/pass@1"] == 1.0
+    found = sets["data.eval"]
     assert (found["num_prompts"], found["samples_per_prompt"]) == (8, 2)
     assert found["quantities"]["mean_tokens"]["mean"] == last["eval/mean_tokens"]
     for name in REWARDS:

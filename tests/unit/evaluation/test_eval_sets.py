@@ -50,7 +50,7 @@ def problems(folder: Path, section: Mapping[str, Any], **data: str) -> list[str]
     return caught.value.problems
 
 
-def test_a_set_takes_what_it_does_not_say(tmp_path: Path):
+def test_a_set_takes_what_it_does_not_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     section = {
         "temperature": 0.6,
         "top_p": 0.95,
@@ -79,7 +79,9 @@ def test_a_set_takes_what_it_does_not_say(tmp_path: Path):
             {"name": "unscored", "data": "u.jsonl", "rewards": ["also"]},
         ],
     }
-    config = load(tmp_path, section, "--eval.sets.plain.top_p", "0.5", eval="e.jsonl")
+    monkeypatch.setenv("SETS", "/sets")
+    overrides = ("--eval.sets.plain.top_p", "0.5", "--eval.sets.own.data=$SETS/o.jsonl")
+    config = load(tmp_path, section, *overrides, eval="e.jsonl")
     held_out, plain, own, unscored = resolve_sets(config)
     assert [it.name for it in (held_out, plain, own)] == ["data.eval", "plain", "own"]
     assert held_out.sampling.top_p == 0.95 and plain.sampling.top_p == 0.5
@@ -87,6 +89,7 @@ def test_a_set_takes_what_it_does_not_say(tmp_path: Path):
     assert (plain.samples_per_prompt, plain.num_prompts, plain.exceed_tokens) == (16, 50, 40)
     assert (own.samples_per_prompt, own.num_prompts, own.exceed_tokens) == (1, 5, 100)
     assert own.sampling.temperature == 0 and own.room == 312
+    assert (plain.path, own.path) == ("p.jsonl", "/sets/o.jsonl")
     assert own.data.prompt_key == "question" and plain.data.prompt_key == "prompt"
     assert plain.reward_names == held_out.reward_names == ("right", "short")
     assert own.reward_names == ("also",) and own.correct == CorrectConfig(reward="also")
