@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -178,6 +179,9 @@ def resolve_sets(config: RLConfig) -> list[EvalSet]:
     ]
     known |= {reward.name: reward for reward in config.eval.rewards}
     problems += _role_problems(config.eval, known)
+    if config.eval.label is not None and not re.fullmatch(r"\w[\w.-]*", config.eval.label):
+        label = config.eval.label
+        problems.append(f"eval.label is '{label}', but names a folder: letters, digits, _, . and -")
     sets: list[EvalSet] = []
     if config.data.eval is not None:
         sets.append(_data_eval(config, config.data.eval))

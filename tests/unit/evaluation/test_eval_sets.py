@@ -140,6 +140,10 @@ SET = {"name": "s", "data": "s.jsonl"}
             "are equal; use 1",
         ),
         (
+            {"label": "../up", "sets": [SET]},
+            "eval.label is '../up', but names a folder: letters, digits, _, . and -",
+        ),
+        (
             {"exceed_tokens": 256, "sets": [SET]},
             "eval.sets.s.exceed_tokens is 256, but no completion is longer than "
             "max_completion_tokens 256",
