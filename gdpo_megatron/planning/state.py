@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
+from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.layouts import Vocabulary
 from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.conversion.tables import LayerRow
@@ -39,7 +41,12 @@ class Held:
 
 def model_parameters(job: Job) -> int:
     """Parameters of the model, as its config.json says."""
-    return sum(math.prod(shape) for shape in hf_shapes(job.arch).values())
+    return _of_architecture(job.arch)
+
+
+@lru_cache(maxsize=16)
+def _of_architecture(arch: ModelArchitecture) -> int:
+    return sum(math.prod(shape) for shape in hf_shapes(arch).values())
 
 
 def held_by(job: Job, pp_rank: int) -> Held:
@@ -73,12 +80,17 @@ def _buffer(job: Job, sizes: list[int], ranks: int, pp_rank: int) -> tuple[int, 
         limit = max(40_000_000, 1_000_000 * job.dp * job.cp)
     divisor = math.lcm(ranks, _BUCKET_END)
     end = begin = own = 0
+    spans: list[tuple[int, int]] = []
     for number, size in enumerate(reversed(sizes), start=1):
-        end = _up(end, _PARAMETER_START) + size
+        start = _up(end, _PARAMETER_START)
+        end = start + size
+        spans.append((start, end))
         if end - begin >= limit or number == len(sizes):
             closed = _up(end, divisor)
-            own += min((closed - begin) // ranks, end - begin)
+            part = begin + (closed - begin) // ranks
+            own += sum(min(last, part) - min(first, part) for first, last in spans)
             begin = end = closed
+            spans.clear()
     return end, own
 
 
