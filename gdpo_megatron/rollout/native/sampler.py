@@ -81,8 +81,10 @@ class KeyedNoise:
         spare = torch.empty_like(x)
         _mix(x, spare).mul_(second | 1)
         x.bitwise_xor_(_shift(x, 16, spare))
-        # 24 bits and a half step: strictly inside (0, 1), so both logarithms are finite.
+        # 24 bits and a half step: strictly inside (0, 1), so both logarithms are finite. The last
+        # half step is rounded away in float32, hence the bound.
         uniform = spare.view(torch.float32).copy_(_shift(x, 8, x)).add_(0.5).mul_(2.0**-24)
+        uniform.clamp_(max=1 - 2.0**-24)
         return uniform.log_().neg_().log_().neg_()
 
 

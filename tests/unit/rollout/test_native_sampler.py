@@ -281,3 +281,13 @@ def test_the_callers_logits_stay_as_they_are():
     logits = PEAKED[None].clone()
     draw(logits, keys_of_run(1), top_k=2, top_p=0.5)
     assert torch.equal(logits[0], PEAKED)
+
+
+def test_noise_is_finite_also_where_all_its_bits_are_set():
+    """Infinite, it would draw its token whatever the logits: once in 2^24 numbers."""
+    # Where it happens with this key: found by looking through 2^24 numbers.
+    position, token = 235, 54776
+    drawn = KeyedNoise(2**16, CPU).gumbel(split_keys([5], CPU), torch.tensor([position]))
+    assert torch.isfinite(drawn).all()
+    assert int(drawn.argmax()) == token
+    assert float(drawn.max()) == pytest.approx(-math.log(-math.log1p(-(2.0**-24))), rel=1e-6)
