@@ -371,8 +371,8 @@ def _sample_of(rollout: Rollout) -> RewardSample:
         metadata=rollout.prompt.metadata,
         num_tokens=rollout.num_tokens,
         finish_reason=rollout.completion.finish_reason,
-        turns=[
+        turns=tuple(
             {"text": it.text, "observation": it.observation, "rewards": dict(it.rewards)}
             for it in rollout.turns
-        ],
+        ),
     )

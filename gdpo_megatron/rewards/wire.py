@@ -57,7 +57,7 @@ def encode_metadata(metadata: Mapping[str, Any]) -> str:
 
 def decode_samples(text: bytes) -> list[RewardSample]:
     """The samples of a line."""
-    return [RewardSample(**row) for row in json.loads(text)]
+    return [RewardSample(**{**row, "turns": tuple(row["turns"])}) for row in json.loads(text)]
 
 
 def encode_result(result: RewardResult) -> float | list[str] | None:

@@ -26,9 +26,9 @@ PACKAGE = "gdpo_megatron"
 # A module may import its own level and lower ones. Top-level modules that are not listed (the
 # trainer, the CLI) are above all of them; a new package below them gets a line here.
 LEVELS = (
-    ("errors", "types", "registry", "config", "observability", "sandbox", "__init__"),
+    ("errors", "types", "registry", "config", "observability", "sandbox", "processes", "__init__"),
     ("algorithms", "rewards", "data", "platform"),
-    ("distributed",),
+    ("distributed", "environments"),
     ("policy", "rollout", "conversion"),
     ("weight_sync", "checkpoint"),
 )
