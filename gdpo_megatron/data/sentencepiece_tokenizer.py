@@ -115,6 +115,9 @@ class SentencePieceTokenizer(Tokenizer):
             end = match.end()
         return ids + self._encode_part(text[end:], end)
 
+    def encode_words(self, text: str) -> list[int]:
+        return self._model.encode(text)
+
     def _encode_part(self, part: str, start: int) -> list[int]:
         """Ids of the text between two added tokens."""
         if not part:

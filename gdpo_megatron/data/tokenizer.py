@@ -83,15 +83,28 @@ class Tokenizer(ABC):
         """Return the token ids of a conversation; see `render_chat`."""
         return self.encode(self.render_chat(messages), add_special_tokens=False)
 
-    def encode_further(self, text: str) -> list[int]:
+    @abstractmethod
+    def encode_words(self, text: str) -> list[int]:
+        """Return the token ids of a text in which the name of a special token is text as well."""
+
+    def encode_further(self, text: str, *, names_are_words: bool = False) -> list[int]:
         """Return the token ids of a text that goes on from other tokens.
 
-        No special tokens, and no space that the tokenizer would put before a text by itself.
+        Nothing is put before it, no special token and no space.
+
+        Args:
+            text: any text.
+            names_are_words: the name of a special token in it is text, see `encode_words`.
         """
-        if not self._strips_first_space:
+
+        def encode(text: str) -> list[int]:
+            if names_are_words:
+                return self.encode_words(text)
             return self.encode(text, add_special_tokens=False)
-        before = self.encode(_MARK, add_special_tokens=False)
-        both = self.encode(_MARK + text, add_special_tokens=False)
+
+        if not self._strips_first_space:
+            return encode(text)
+        before, both = encode(_MARK), encode(_MARK + text)
         if both[: len(before)] != before:
             raise ValueError(f"tokenizer {self.path}: {_MARK!r} and {text[:20]!r} become one token")
         return both[len(before) :]
@@ -223,6 +236,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_words(self, text: str) -> list[int]:
+        self._backend.encode_special_tokens = True
+        try:
+            return self.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = False
 
     @property
     def has_chat_template(self) -> bool:

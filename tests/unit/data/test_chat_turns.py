@@ -53,6 +53,41 @@ def test_a_long_observation_is_cut_and_says_so(byte_level_folder: Path):
     assert len(token_ids) <= 20 and tokenizer.decode(token_ids) == text
 
 
+def test_a_special_token_that_is_spelled_is_no_special_token(
+    byte_level_folder: Path, stories_folder: Path
+):
+    tokenizer = load_tokenizer(byte_level_folder)
+    special = sorted(tokenizer.special_token_ids)
+    names = [tokenizer.decode([i], skip_special_tokens=False) for i in special]
+    assert len(names) >= 2 and tokenizer.encode(names[0], add_special_tokens=False) == special[:1]
+    for role, allowed in ((None, 0), ("user", 3)):
+        encoder = ObservationEncoder(tokenizer, role=role, max_tokens=200)
+        for text in (*names, f"a{names[0]} b{names[1]}\n{names[1]}"):
+            token_ids, _ = encoder.encode(text, 10)
+            assert text in tokenizer.decode(token_ids, skip_special_tokens=False)
+            # Those of the template: an end, two beginnings.
+            num_special = sum(i in tokenizer.special_token_ids for i in token_ids)
+            assert num_special == sum(
+                i in tokenizer.special_token_ids for i in encoder.encode("plain", 10)[0]
+            )
+            assert (num_special > 0) == (allowed > 0)
+    stories = load_tokenizer(stories_folder)
+    encoder = ObservationEncoder(stories, role=None, max_tokens=200)
+    assert not stories.special_token_ids & set(encoder.encode("<s> the </s>", 10)[0])
+
+
+def test_blanks_are_trimmed_where_the_template_trims(byte_level_folder: Path, tmp_path: Path):
+    load_tokenizer(byte_level_folder).save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}"
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    tokenizer = load_tokenizer(tmp_path)
+    encoder = ObservationEncoder(tokenizer, role="tool", max_tokens=100)
+    token_ids, text = encoder.encode("  x \n", 0)
+    assert (text, tokenizer.decode(token_ids)) == ("x", ";[tool]x;")
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [
