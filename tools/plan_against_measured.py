@@ -2,8 +2,8 @@
 
 Small models are trained for one update over gloo, each world size in one torchrun. Parameters,
 gradients and optimizer state are the bytes of the tensors themselves. Activations are the largest
-sum of live bytes that torch's allocator reports between the start of an update and its gradients,
-beyond what was held before. The table is written into docs/planning.md.
+sum of live storages between the start of an update and its gradients (planning/measure.py), beyond
+what was held before. The table is written into docs/planning.md.
 
     OMP_NUM_THREADS=1 python tools/plan_against_measured.py [--print]
 """

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gdpo_megatron.planning.job import Job
 from gdpo_megatron.planning.memory import memory_plan
@@ -42,26 +46,43 @@ def measured_state(policy: Any) -> dict[str, int]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Largest sum of what `call` has allocated and not yet freed on the CPU at any time, in bytes.
+    """Largest sum of the tensors that operations of `call` made and that are alive, in bytes.
 
-    torch's allocator reports every tensor to its profiler, temporary ones inside kernels included.
-    In a process that was forked after torch had been imported the profiler is told nothing.
+    Storages are watched by weak references, so whoever frees one is seen. torch's profiler is not
+    asked: it misses what another thread frees, as gloo's do after a collective, and then counts it
+    as alive for ever. What a kernel allocates for itself is not seen here.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _LiveBytes() as live:
         call()
-    recorded: Any = profiler.profiler
-    assert recorded is not None and recorded.kineto_results is not None
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in recorded.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    assert events, "the profiler saw no memory: was this process forked from one that has torch?"
-    live = peak = 0
-    for _, num_bytes in sorted(events, key=lambda event: event[0]):
-        live += num_bytes
-        peak = max(peak, live)
-    return peak
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_key(it) for it in tree_leaves((args, kwargs)) if isinstance(it, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and _key(tensor) not in before | self._seen.keys():
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                gone = partial(self._freed, key, size)
+                self._seen[key] = weakref.ref(storage, gone)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key: int, size: int, _: object) -> None:
+        del self._seen[key]
+        self.now -= size
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def first_step_lines(
