@@ -37,6 +37,7 @@ BROKEN_CALL = 0.25  # of the calls: one that cannot be read
 WRONG_CALL = 0.15  # of the others: a wrong digit
 GIVE_UP = 0.5  # after an error: does not know, instead of calling again
 WRONG_COPY = 0.1  # of the answers after a result: a wrong digit
+NUM_ANSWERS = 2  # rows for each result: to copy it is what the model is slowest to learn
 UNKNOWN = "unknown"
 
 _BREAK = (
@@ -106,12 +107,16 @@ def draw_transcript(question: Question, rng: random.Random) -> list[tuple[list[M
         ]
         if step.rewards["used_tool"]:
             result = step.observation.splitlines()[1]
-            wrong = rng.random() < WRONG_COPY
-            turn = render_answer(_change_digit(result, rng) if wrong else result)
-        elif rng.random() < GIVE_UP:
+            return turns + [(chat, _answer(result, rng)) for _ in range(NUM_ANSWERS)]
+        if rng.random() < GIVE_UP:
             turn = render_answer(UNKNOWN)
         else:
             turn = render_call(question.expression)
+
+
+def _answer(result: str, rng: random.Random) -> str:
+    wrong = rng.random() < WRONG_COPY
+    return render_answer(_change_digit(result, rng) if wrong else result)
 
 
 def _call(question: Question, rng: random.Random) -> str:
