@@ -6,49 +6,21 @@ adds a check here, a package through an entry point of the group `gdpo_megatron.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.errors import InputError
+from gdpo_megatron.platform.findings import Finding, Level
 from gdpo_megatron.registry import Registry
 from gdpo_megatron.sandbox import Limits, SandboxUnavailable
 from gdpo_megatron.sandbox.launch import Isolation
 from gdpo_megatron.sandbox.pool import start_worker
 from gdpo_megatron.sandbox.worker import landlock_abi
-
-
-class Level(StrEnum):
-    """How bad a finding is."""
-
-    OK = "ok"
-    NOTE = "note"
-    """Works without it; something is weaker or smaller than it could be."""
-    FAIL = "FAIL"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One row of the table.
-
-    Args:
-        what: what was looked at.
-        level: how it is.
-        text: what was seen, and what to do about it where something is missing.
-    """
-
-    what: str
-    level: Level
-    text: str
-
 
 Check = Callable[[], Iterable[Finding]]
 CHECKS: Final = Registry[Check]("check", "gdpo_megatron.doctor")
@@ -90,33 +62,55 @@ def run_doctor(names: Iterable[str] = ()) -> int:
 @CHECKS.register("python")
 def check_python() -> Iterator[Finding]:
     """The interpreter."""
+    from gdpo_megatron.platform.pins import rows
+
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] == (3, 11):
+    minor = ".".join(map(str, sys.version_info[:2]))
+    if minor == rows()["cpu"].python:
         yield Finding("python", Level.OK, version)
     else:
-        yield Finding("python", Level.NOTE, f"{version}; only 3.11 has been shown to work")
+        shown = rows()["cpu"].python
+        yield Finding("python", Level.NOTE, f"{version}; only {shown} has been shown to work")
 
 
 @CHECKS.register("packages")
 def check_packages() -> Iterator[Finding]:
-    """Packages of which this project needs one exact version."""
-    for line in importlib.metadata.requires("gdpo-megatron") or ():
-        pinned = re.fullmatch(r"([\w.-]+)==([\w.]+)", line)
-        if pinned is None:
-            continue
-        name, wanted = pinned.groups()
-        if name == "megatron-core":  # see check_megatron
-            continue
-        try:
-            there = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, Level.FAIL, f"not installed; pip install {name}=={wanted}")
-            continue
-        if there.split("+")[0] == wanted:
-            yield Finding(name, Level.OK, there)
-        else:
-            text = f"{there}, but {wanted} is needed; pip install {name}=={wanted}"
-            yield Finding(name, Level.FAIL, text)
+    """Versions against the table of those that belong together."""
+    from gdpo_megatron.platform import diagnosis, machine
+
+    yield from diagnosis.versions(machine.gather())
+
+
+@CHECKS.register("hardware")
+def check_hardware() -> Iterator[Finding]:
+    """GPUs, their driver, and whether this torch can use them."""
+    from gdpo_megatron.platform import diagnosis, machine
+
+    yield from diagnosis.hardware(machine.gather())
+
+
+@CHECKS.register("precision")
+def check_precision() -> Iterator[Finding]:
+    """bfloat16, FP8 and Transformer Engine."""
+    from gdpo_megatron.platform import diagnosis, machine
+
+    yield from diagnosis.precision(machine.gather(try_imports=True))
+
+
+@CHECKS.register("network")
+def check_network() -> Iterator[Finding]:
+    """What ranks on several nodes would talk through."""
+    from gdpo_megatron.platform import diagnosis, machine
+
+    yield from diagnosis.network(machine.gather())
+
+
+@CHECKS.register("environment")
+def check_environment() -> Iterator[Finding]:
+    """Variables that change how a run works, and limits of a container."""
+    from gdpo_megatron.platform import diagnosis, machine
+
+    yield from diagnosis.environment(machine.gather())
 
 
 @CHECKS.register("megatron")

@@ -9,7 +9,7 @@ import pytest
 from gdpo_megatron import doctor
 from gdpo_megatron.cli import main
 from gdpo_megatron.doctor import CHECKS, Finding, Level
-from gdpo_megatron.platform import megatron_versions, vllm_versions
+from gdpo_megatron.platform import machine, megatron_versions, vllm_versions
 from gdpo_megatron.sandbox import SandboxUnavailable
 
 
@@ -51,12 +51,26 @@ def test_failure_and_a_check_that_breaks(
 def test_package_of_another_version(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    there = {"torch": "2.12.0+cpu"}
-    monkeypatch.setattr("importlib.metadata.version", there.__getitem__)
-    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["torch==2.13.0", "numpy>=1"])
+    facts = machine.Facts(torch="2.12.0+cpu", packages={"transformers": "5.19.0"})
+    monkeypatch.setattr(machine, "gather", lambda **options: facts)
     code, text = run(capsys, "packages")
     assert code == 1
-    assert text == ("FAIL  torch  2.12.0+cpu, but 2.13.0 is needed; pip install torch==2.13.0\n")
+    assert "\nFAIL  torch          2.12.0+cpu, but the row has torch==2.13.0; pip install " in text
+
+
+def test_each_check_of_the_machine_prints_its_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    facts = machine.Facts(interfaces=(machine.Interface("eth0", "192.0.2.7", 0),))
+    monkeypatch.setattr(machine, "gather", lambda **options: facts)
+    for check, row in {
+        "hardware": "GPUs",
+        "precision": "layers",
+        "network": "interface eth0",
+        "environment": "environment",
+    }.items():
+        code, text = run(capsys, check)
+        assert code == 0 and f"ok    {row} " in text
 
 
 @pytest.mark.parametrize(
