@@ -21,6 +21,7 @@ from typing import Final
 
 import psutil
 import torch
+from torch.cuda import nccl
 
 from gdpo_megatron.platform.pins import Row, rows
 
@@ -141,7 +142,7 @@ def gather(*, try_imports: bool = False) -> Facts:
         gpus=tuple(map(_gpu, range(torch.cuda.device_count()))) if toolkit else (),
         devices=sum(bool(re.fullmatch(r"nvidia\d+", it.name)) for it in _DEV.iterdir()),
         driver=driver_version(_text(_PROC_DRIVER)),
-        nccl=torch.cuda.nccl.version() if toolkit else None,
+        nccl=nccl.version() if toolkit else None,
         packages=packages,
         apex=_apex(),
         missing_for_fp8=detect_platform().missing_for_fp8(),
