@@ -6,7 +6,8 @@
 # It runs gdpo-megatron with the node's place in the job, taken from the environment:
 #
 #   NNODES           --nnodes          nodes in the job (else SLURM_NNODES)
-#   NODE_RANK        --node-rank       this node's number, from 0 (else SLURM_NODEID)
+#   NODE_RANK        --node-rank       this node's number, from 0 (else SLURM_NODEID); "any" leaves it
+#                                      to the order in which nodes arrive
 #   NPROC_PER_NODE   --nproc           processes on this node, one per device
 #   MASTER_ADDR      --rdzv-endpoint   host name of node 0, as the other nodes reach it
 #   MASTER_PORT                        a free port there
@@ -39,6 +40,7 @@ cli="${GDPO_VENV:-$repo/.venv}/bin/gdpo-megatron"
 [[ -x "$cli" ]] || cli="$(command -v gdpo-megatron)" ||
   die "gdpo-megatron is neither in ${GDPO_VENV:-$repo/.venv} nor on PATH; run scripts/setup.sh"
 
+place=(--nproc "$NPROC_PER_NODE" --nnodes "$nnodes")
+[[ "$node_rank" == any ]] || place+=(--node-rank "$node_rank")
 # In front of the caller's own arguments, so that those win.
-exec "$cli" "$1" --nproc "$NPROC_PER_NODE" --nnodes "$nnodes" --node-rank "$node_rank" \
-  --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" "${@:2}"
+exec "$cli" "$1" "${place[@]}" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" "${@:2}"

@@ -62,7 +62,7 @@ check() {
 }
 
 check_shell() {
-  local -a scripts=("$repo"/scripts/*.sh "$repo"/tools/*.sh "$repo/.ci/run")
+  local -a scripts=("$repo"/scripts/*.sh "$repo"/scripts/*.sbatch "$repo"/tools/*.sh "$repo/.ci/run")
   local shellcheck="$venv/bin/shellcheck"
   [[ -x "$shellcheck" ]] || shellcheck="$(command -v shellcheck)" || {
     echo "skipped: no shellcheck in $venv or on PATH (package shellcheck of Debian/Ubuntu)"

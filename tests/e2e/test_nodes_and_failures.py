@@ -1,8 +1,8 @@
 """A rank that dies, and a job over two nodes.
 
-The nodes are two launchers on this machine, started by scripts/run_node.sh as on a cluster. Not
-covered: nodes on different machines, and a network between them. A launcher that is killed:
-tests/unit/cli.
+The nodes are two launchers on this machine, with loopback addresses as hosts, started by
+scripts/run_multinode.sh as a scheduler does. Not covered: nodes on different machines, a network
+between them. A launcher that is killed: tests/unit/cli.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ import pytest
 from support.jobs import cli, read_jsonl, running
 
 from gdpo_megatron.config import yaml_text
+from gdpo_megatron.config.loader import load_config
+from gdpo_megatron.config.schema import RLConfig
+from gdpo_megatron.validate import validate
+from gdpo_megatron.validation_report.machine import checkpoint_bytes, export_bytes
+from gdpo_megatron.validation_report.situation import Situation, World
 
 pytestmark = pytest.mark.distributed
 
@@ -67,19 +72,21 @@ def test_two_nodes_train_together(tmp_path: Path, quickstart: Path):
         train={"num_steps": 1},
         parallel={"pipeline_model_parallel_size": 2},
     )
-    script = ["bash", str(ROOT / "scripts/run_node.sh"), "train", str(path), "--seed", "7"]
+    predicted, export = predicted_bytes(path)
+    script = ["bash", str(ROOT / "scripts/run_multinode.sh"), "train", str(path), "--seed", "7"]
+    hosts = ("127.0.0.1", "127.0.0.2")
+    (tmp_path / "hosts").write_text("".join(f"{host}\n" for host in hosts))
     # The command of the environment that runs this test, wherever it was installed.
     environment = {
         "GDPO_VENV": str(Path(sys.prefix)),
-        "NNODES": "2",
+        "PBS_NODEFILE": str(tmp_path / "hosts"),
         "NPROC_PER_NODE": "1",
-        "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     with (
-        running(script, NODE_RANK="0", **environment) as first,
-        running(script, NODE_RANK="1", **environment) as second,
+        running(script, HOSTNAME=hosts[0], **environment) as first,
+        running(script, HOSTNAME=hosts[1], **environment) as second,
     ):
         ended = [first.wait(), second.wait()]
     assert [it.code for it in ended] == [0, 0], "\n".join(it.output for it in ended)
@@ -92,6 +99,26 @@ def test_two_nodes_train_together(tmp_path: Path, quickstart: Path):
     assert ranks == ["rng_00000.json", "rng_00001.json"]
     assert (run_dir / "hf/model.safetensors").is_file()
     assert "seed: 7" in (run_dir / "config.yaml").read_text()
+    # `validate` had said how much a checkpoint takes: its tensors to the byte, in files with heads.
+    checkpoint = run_dir / "checkpoints/step_00000001"
+    held = sum(it.stat().st_size for it in checkpoint.glob("*.distcp"))
+    assert 0 <= held - predicted <= 0.1 * predicted
+    assert 0 <= (run_dir / "hf/model.safetensors").stat().st_size - export <= 0.02 * export
+
+
+def predicted_bytes(path: Path) -> tuple[int, int]:
+    """Of a checkpoint and of the export, as `validate` tells them."""
+    config = load_config(RLConfig, path)
+    situation = Situation(
+        job="train",
+        path=path,
+        overrides=(),
+        config=config,
+        base_dir=path.parent,
+        world=World(size=2, gpus_per_node=1, port=0),
+        found=validate("train", config, path.parent, 2),
+    )
+    return checkpoint_bytes(situation), export_bytes(situation)
 
 
 def free_port() -> int:

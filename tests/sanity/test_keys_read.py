@@ -56,10 +56,7 @@ def leaves(section: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
 
 def rename_leaves(folder: Path) -> None:
     """Rename the fields of all sections in a copy of the config's modules, sections' own apart."""
-    known = {
-        (cls.__name__, name) for root in (RLConfig, SFTConfig) for _, cls, name in leaves(root)
-    }
-    bases = {name for _, name in known}
+    known = {name for root in (RLConfig, SFTConfig) for _, _, name in leaves(root)}
     for path in folder.glob("*.py"):
         lines = path.read_text().splitlines()
         for cls in ast.walk(ast.parse("\n".join(lines))):
@@ -68,7 +65,7 @@ def rename_leaves(folder: Path) -> None:
             for node in cls.body:
                 if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
                     continue
-                if node.target.id in bases and "Config" not in ast.unparse(node.annotation):
+                if node.target.id in known and "Config" not in ast.unparse(node.annotation):
                     at = node.lineno - 1
                     lines[at] = lines[at].replace(node.target.id, f"renamed_{node.target.id}", 1)
         path.write_text("\n".join(lines) + "\n")

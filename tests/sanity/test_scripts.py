@@ -22,30 +22,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from gdpo_megatron.platform.megatron_versions import SUPPORTED
 
 REPO = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*REPO.glob("scripts/*.sh"), *REPO.glob("tools/*.sh"), REPO / ".ci/run"])
+SCRIPTS = sorted([*REPO.glob("scripts/*.s[hb]*"), *REPO.glob("tools/*.sh"), REPO / ".ci/run"])
 SHELLCHECK_OPTIONS = ("-a", "-x", "-P", "SCRIPTDIR")  # what a script sources is checked with it
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # What the scripts may use besides what they install.
 TOOLS = (
-    *(
-        "awk",
-        "bash",
-        "cat",
-        "cksum",
-        "cp",
-        "cut",
-        "dirname",
-        "env",
-        "find",
-        "flock",
-        "grep",
-        "id",
-        "mkdir",
-    ),
+    *("awk", "bash", "cat", "cksum", "cp", "cut", "dirname", "env", "find", "flock", "grep", "id"),
     *("mkdir", "mktemp", "rm", "sed", "sleep", "tail", "touch"),
 )
 
@@ -1110,3 +1097,139 @@ def test_run_node_without_the_package(checkout: Checkout) -> None:
     place = {"NNODES": "2", "NODE_RANK": "1"}
     result = checkout.run("scripts/run_node.sh", "train", "c.yaml", **NODE, **place)
     assert_one_line(result, 2, "gdpo-megatron is neither in", "scripts/setup.sh")
+
+
+# ---- run_multinode.sh, slurm.sbatch, pytorchjob.yaml ---------------------------------------------
+
+SHOW = '#!/bin/bash\nshift\nprintf "%s\\n" "$*"\n'
+SCHEDULERS: dict[str, tuple[dict[str, str], str]] = {
+    "by hand": (
+        {"NNODES": "2", "NODE_RANK": "1", "NPROC_PER_NODE": "4", "MASTER_ADDR": "a"},
+        "--nproc 4 --nnodes 2 --node-rank 1 --rdzv-endpoint a:29500",
+    ),
+    "in the order of arrival": (
+        {"NNODES": "2", "NPROC_PER_NODE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"},
+        "--nproc 4 --nnodes 2 --rdzv-endpoint a:7",
+    ),
+    "Slurm without scontrol": (
+        {
+            "SLURM_NNODES": "3",
+            "SLURM_NODEID": "2",
+            "SLURM_JOB_NODELIST": "gpu-[07-08,12]-x,other1",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_JOB_ID": "123456",
+        },
+        "--nproc 8 --nnodes 3 --node-rank 2 --rdzv-endpoint gpu-07-x:23456",
+    ),
+    "Slurm, one host": (
+        {
+            "SLURM_NNODES": "1",
+            "SLURM_NODEID": "0",
+            "SLURM_JOB_NODELIST": "gpu7",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_JOB_ID": "5",
+            "NPROC_PER_NODE": "2",
+        },
+        "--nproc 2 --nnodes 1 --node-rank 0 --rdzv-endpoint gpu7:20005",
+    ),
+    "PBS": (
+        {"PBS_NODEFILE": "{nodes}", "HOSTNAME": "b.cluster", "PBS_JOBID": "77.server"},
+        "--nproc 2 --nnodes 2 --node-rank 1 --rdzv-endpoint a.cluster:20077",
+    ),
+    "PBS, addresses": (
+        {"PBS_NODEFILE": "{addresses}", "HOSTNAME": "127.0.0.2", "MASTER_PORT": "9"},
+        "--nproc 2 --nnodes 2 --node-rank 1 --rdzv-endpoint 127.0.0.1:9",
+    ),
+    "LSF": (
+        {"LSB_MCPU_HOSTS": "a 8 b 8 c 8", "HOSTNAME": "c", "LSB_JOBID": "10008"},
+        "--nproc 2 --nnodes 3 --node-rank 2 --rdzv-endpoint a:20008",
+    ),
+    "Kubeflow": (
+        {
+            "PET_NNODES": "2",
+            "PET_NODE_RANK": "1",
+            "PET_NPROC_PER_NODE": "auto",
+            "MASTER_ADDR": "gdpo-master-0",
+            "MASTER_PORT": "23456",
+        },
+        "--nproc 2 --nnodes 2 --node-rank 1 --rdzv-endpoint gdpo-master-0:23456",
+    ),
+}
+"""Variables that a scheduler sets, and the place that follows; nvidia-smi shows two GPUs."""
+
+
+@pytest.mark.parametrize("scheduler", list(SCHEDULERS))
+def test_place_under_each_scheduler(checkout: Checkout, tmp_path: Path, scheduler: str) -> None:
+    files = {"nodes": "a.cluster\na.cluster\nb.cluster\n", "addresses": "127.0.0.1\n127.0.0.2\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    checkout.stub(checkout.bin / "nvidia-smi", "#!/bin/bash\necho 'GPU 0: x'; echo 'GPU 1: x'\n")
+    checkout.stub(checkout.venv / "bin/gdpo-megatron", SHOW)
+    given, expected = SCHEDULERS[scheduler]
+    paths = {it: tmp_path / it for it in files}
+    env = {name: value.format(**paths) for name, value in given.items()}
+    result = checkout.run("scripts/run_multinode.sh", "train", "c.yaml", "--seed", "7", **env)
+    assert (result.stdout, result.stderr) == (f"{expected} c.yaml --seed 7\n", "")
+
+
+def test_what_no_scheduler_says_is_named(checkout: Checkout) -> None:
+    result = checkout.run("scripts/run_multinode.sh", "train", "c.yaml")
+    assert_one_line(result, 2, "not set: NNODES (or SLURM_NNODES), NPROC_PER_NODE, MASTER_ADDR")
+    env = {"LSB_MCPU_HOSTS": "a 8 b 8", "HOSTNAME": "c", "NPROC_PER_NODE": "8"}
+    result = checkout.run("scripts/run_multinode.sh", "train", "c.yaml", **env)
+    assert_one_line(result, 2, "c is not among the hosts of the job (a b); set NODE_RANK")
+
+
+@pytest.mark.parametrize("image", ["", "registry#gdpo:1"])
+def test_slurm_starts_one_task_a_node(checkout: Checkout, image: str) -> None:
+    """sbatch copies the file away; srun starts the launcher on each node, in a container or not."""
+    spool = checkout.elsewhere / "slurm_script"
+    shutil.copy(REPO / "scripts/slurm.sbatch", spool)
+    checkout.stub(checkout.bin / "scontrol", "#!/bin/bash\nprintf 'n1\\nn2\\n'\n")
+    checkout.stub(
+        checkout.bin / "srun",
+        '#!/bin/bash\nprintf "%s " "$@" >&2\nwhile [[ "$1" == --* ]]; do shift; done\nexec "$@"\n',
+    )
+    checkout.stub(checkout.venv / "bin/gdpo-megatron", SHOW)
+    env = {
+        "SLURM_SUBMIT_DIR": str(checkout.repo),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_ID": "42",
+        "GDPO_IMAGE": image,
+        "GDPO_MOUNTS": "/data:/data",
+    }
+    command = ["bash", str(spool), "train", "my config.yaml"]
+    result = subprocess.run(
+        command, env=checkout.env | env, capture_output=True, text=True, check=False
+    )
+    place = "--nproc 8 --nnodes 2 --node-rank 1 --rdzv-endpoint n1:20042 my config.yaml\n"
+    assert (result.stdout, result.returncode) == (place, 0), result.stderr
+    repo = checkout.repo
+    container = f"--container-image={image} --container-workdir={repo} "
+    container += f"--container-mounts={repo}:{repo},/data:/data "
+    options = "--ntasks-per-node=1 --kill-on-bad-exit=1 --label " + (container if image else "")
+    assert result.stderr.startswith(f"{options}{repo}/scripts/run_multinode.sh train")
+    env["SLURM_SUBMIT_DIR"] = str(checkout.elsewhere)
+    result = subprocess.run(
+        command, env=checkout.env | env, capture_output=True, text=True, check=False
+    )
+    assert_one_line(result, 2, "call sbatch from the repository, or set GDPO_REPO")
+
+
+def test_pytorchjob_starts_what_is_there() -> None:
+    """Its command, config and mounts exist, and its numbers of GPUs agree."""
+    job = yaml.safe_load((REPO / "scripts/pytorchjob.yaml").read_text())
+    spec = job["spec"]
+    replicas = spec["pytorchReplicaSpecs"]
+    assert replicas["Master"]["replicas"] == 1
+    assert replicas["Master"]["template"] == replicas["Worker"]["template"]
+    pod = replicas["Master"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "pytorch"
+    assert (REPO / container["command"][0]).is_file() and (REPO / container["args"][1]).is_file()
+    assert int(spec["nprocPerNode"]) == container["resources"]["limits"]["nvidia.com/gpu"]
+    mounted = {it["name"] for it in container["volumeMounts"]}
+    assert mounted == {it["name"] for it in pod["volumes"]}
