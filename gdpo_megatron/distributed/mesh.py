@@ -147,6 +147,31 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
     return mesh
 
 
+def group_names() -> dict[tuple[int, ...], str]:
+    """Names of Megatron's groups by their ranks; where two are the same ranks, the plainer name."""
+    from megatron.core import parallel_state as ps
+
+    groups: dict[str, Any] = {
+        "tp": ps.get_tensor_model_parallel_group(),
+        "cp": ps.get_context_parallel_group(),
+        "ep": ps.get_expert_model_parallel_group(),
+        "expert-tp": ps.get_expert_tensor_parallel_group(),
+        "dp": ps.get_data_parallel_group(),
+        "dp-cp": ps.get_data_parallel_group(with_context_parallel=True),
+        "expert-dp": ps.get_expert_data_parallel_group(),
+        "expert-tp-ep": ps.get_expert_tensor_and_model_parallel_group(),
+        "pp": ps.get_pipeline_model_parallel_group(),
+        "tp-cp": ps.get_tensor_and_context_parallel_group(),
+        "embedding": ps.get_embedding_group(check_initialized=False),
+        "tp-pp": ps.get_model_parallel_group(),
+    }
+    names: dict[tuple[int, ...], str] = {}
+    for name, group in groups.items():
+        if isinstance(group, ProcessGroup):
+            names.setdefault(tuple(dist.get_process_group_ranks(group)), name)
+    return names
+
+
 def engine_mesh(mesh: Mesh, tensor_parallel_size: int) -> EngineMesh:
     """Cut the world into engine replicas; collective over all ranks."""
     num_replicas = mesh.world_size // tensor_parallel_size

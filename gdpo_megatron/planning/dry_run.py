@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gdpo_megatron.planning.job import Job
+from gdpo_megatron.planning.measure import measured_state
 from gdpo_megatron.platform.fake import FakePlatform, Message, World, fake_world
 
 _PLATFORM = FakePlatform()
@@ -158,7 +159,7 @@ class _Step:
 
     def __init__(self, job: Job, world: World, mesh: Mesh, max_microbatches: int):
         self.job, self.world, self.mesh = job, world, mesh
-        self._names = _group_names()
+        self._names = meshes.group_names()
         config, shape = job.config, job.shape()
         self.model_kwargs: dict[str, Any] = {
             "parallel": config.parallel,
@@ -184,8 +185,7 @@ class _Step:
 
     def run(self) -> RankRecord:
         config, shape = self.job.config, self.job.shape()
-        parameters, gradients = _buffer_bytes(self.policy)
-        optimizer = _optimizer_bytes(self.policy)
+        held = measured_state(self.policy)
         materialize_state(self.policy.optimizer)  # as after the first update
         batches = self._micro_batches()
         if isinstance(config, RLConfig):
@@ -208,9 +208,9 @@ class _Step:
             num_parameters=sum(
                 p.numel() for chunk in self.policy.chunks for p in chunk.parameters()
             ),
-            parameter_bytes=parameters,
-            gradient_bytes=gradients,
-            optimizer_bytes=optimizer,
+            parameter_bytes=held["parameters"],
+            gradient_bytes=held["gradients"],
+            optimizer_bytes=held["optimizer"],
             num_microbatches=self.num_microbatches,
             config_microbatches=shape.num_microbatches,
             shape=(shape.rows, shape.columns),
@@ -305,54 +305,7 @@ def place_of(mesh: Mesh) -> Place:
     )
 
 
-def _buffer_bytes(policy: MegatronPolicy) -> tuple[int, int]:
-    """(parameters, gradients): Megatron's buffers, and parameters that are in none."""
-    buffers: list[Any] = [
-        buffer for ddp in policy.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)
-    ]
-    parameters = sum(it.param_data.nbytes for it in buffers if it.param_data is not None)
-    chunks: list[torch.nn.Module] = list(policy.chunks)
-    frozen = [p for it in chunks for p in it.parameters() if not p.requires_grad]
-    return parameters + sum(p.nbytes for p in frozen), sum(it.grad_data.nbytes for it in buffers)
-
-
-def _optimizer_bytes(policy: MegatronPolicy) -> int:
-    """Main weights, where parameters have fewer bits, and both moments: the state after a step."""
-    total = 0
-    for group in policy.optimizer.param_groups:
-        for parameter in group["params"]:
-            own = 0 if policy.config.params_dtype == torch.float32 else parameter.nbytes
-            total += own + 2 * parameter.numel() * 4
-    return total
-
-
 # ---- messages ------------------------------------------------------------------------------------
-
-
-def _group_names() -> dict[tuple[int, ...], str]:
-    """Names of Megatron's groups by their ranks; where two are the same ranks, the plainer name."""
-    from megatron.core import parallel_state as ps
-
-    groups: dict[str, Any] = {
-        "tp": ps.get_tensor_model_parallel_group(),
-        "cp": ps.get_context_parallel_group(),
-        "ep": ps.get_expert_model_parallel_group(),
-        "expert-tp": ps.get_expert_tensor_parallel_group(),
-        "dp": ps.get_data_parallel_group(),
-        "dp-cp": ps.get_data_parallel_group(with_context_parallel=True),
-        "expert-dp": ps.get_expert_data_parallel_group(),
-        "expert-tp-ep": ps.get_expert_tensor_and_model_parallel_group(),
-        "pp": ps.get_pipeline_model_parallel_group(),
-        "tp-cp": ps.get_tensor_and_context_parallel_group(),
-        "embedding": ps.get_embedding_group(check_initialized=False),
-        "tp-pp": ps.get_model_parallel_group(),
-    }
-    names: dict[tuple[int, ...], str] = {}
-    for name, group in groups.items():
-        if isinstance(group, torch.distributed.ProcessGroup):
-            ranks = tuple(torch.distributed.get_process_group_ranks(group))
-            names.setdefault(ranks, name)
-    return names
 
 
 def _traffic(

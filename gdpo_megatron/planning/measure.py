@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from gdpo_megatron.planning.job import Job
-from gdpo_megatron.planning.memory import memory_plan
-from gdpo_megatron.planning.plan import plan_against_measured
-from gdpo_megatron.planning.tables import in_bytes
 
 
 def measured_state(policy: Any) -> dict[str, int]:
@@ -83,26 +78,3 @@ class _LiveBytes(TorchDispatchMode):
 
 def _key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def first_step_lines(
-    job: Job, policy: Any, memory_stats: Mapping[str, float], pp_rank: int
-) -> list[str]:
-    """The plan beside what a rank measured, after its first step.
-
-    Args:
-        job: what runs.
-        policy: a MegatronPolicy that took a step.
-        memory_stats: of the platform; the peak is compared where it is of a GPU. That of a CPU's
-            process holds the interpreter and all libraries as well.
-        pp_rank: of the rank.
-    """
-    rows = plan_against_measured(job, measured_state(policy), pp_rank)
-    peak = memory_stats.get("device_peak")
-    if peak:
-        planned = memory_plan(job).peak_bytes
-        rows.append(("peak", planned, peak, planned / peak - 1))
-    return [
-        f"{name}: planned {in_bytes(planned)}, measured {in_bytes(measured)} ({error:+.1%})"
-        for name, planned, measured, error in rows
-    ]

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from plan_against_measured import CASES, CHUNKS, LLAMA, MLP, MOE, SMALL, _layout, run  # isort: skip
+from plan_against_measured import (  # pyright: ignore[reportMissingImports]  # isort: skip
+    CASES,
+    CHUNKS,
+    LLAMA,
+    MLP,
+    MOE,
+    SMALL,
+    _layout,
+    run,
+)
 
 pytestmark = pytest.mark.distributed
 
