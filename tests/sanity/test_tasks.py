@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from support.published_models import NUM_PARAMETERS, published_shapes, save_published_model
 
+from gdpo_megatron.cli import main
 from gdpo_megatron.config.loader import load_config
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.errors import InputError
@@ -109,6 +110,29 @@ def test_shapes_are_the_published_ones(name: str):
 @pytest.mark.parametrize("path", FULL, ids=name_of)
 def test_full_config_is_valid(path: Path):
     validate("train", load(path), path.parent, world_size=GPUS.get(path.stem, 8))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tool_calling/qwen2.5_1.5b_gdpo",
+        "math/qwen3_30b_a3b_gdpo",
+        "code/r1_7b_gdpo",
+        "gsm8k/qwen2.5_1.5b_gdpo",
+    ],
+)
+def test_validate_tells_how_a_run_starts(name: str, capsys: pytest.CaptureFixture[str]):
+    """The command, for GPUs that are not here; each reward gives a row's own answer a score."""
+    path = EXAMPLES / f"{name}.yaml"
+    world = GPUS.get(path.stem, 8)
+    with pytest.raises(SystemExit) as ended:
+        main(["validate", str(path), "--world-size", str(world), "--gpu", "h100-80"])
+    told = capsys.readouterr()
+    assert ended.value.code == 0, told.err
+    for reward in load(path).rewards:
+        assert f"  {reward.name}: answers " in told.out or "they need a sandbox" in told.out
+    assert f"--nproc 8 --nnodes {world // 8}" in told.out or world == 8
+    assert f"sbatch --nodes={world // 8} --gpus-per-node=8 " in told.out
 
 
 def test_the_evaluation_of_the_math_runs_is_valid():
