@@ -191,7 +191,7 @@ def _apex() -> str:
 
 
 def _engine_problem() -> str | None:
-    command = [sys.executable, "-c", "import transformer_engine.pytorch"]
+    command = [sys.executable, "-c", "import torch, transformer_engine.pytorch"]
     try:
         ended = subprocess.run(
             command,
