@@ -44,7 +44,7 @@ def _check(world_size: int, cases: list[Any]) -> None:
             assert rows[3][0] == "activations" and abs(rows[3][3]) < 0.10, (case, rows)
 
 
-@pytest.mark.full  # not yet seen to pass: the machine was too busy
+@pytest.mark.full
 def test_two_ranks():
     _check(2, QUICK)
 
