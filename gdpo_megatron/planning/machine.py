@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from gdpo_megatron.platform.gpus import GPUS as SHEETS
+
 _GB, _GIB = 1e9, 2**30
 
 
@@ -37,7 +39,7 @@ class Gpu:
 
 GPUS: Final[dict[str, Gpu]] = {
     "a100-80": Gpu(
-        memory_bytes=80 * _GB,
+        memory_bytes=SHEETS["a100-80"].memory_gb * _GB,
         bf16_flops=312e12,
         fp8_flops=None,
         memory_rate=2039 * _GB,
@@ -45,7 +47,7 @@ GPUS: Final[dict[str, Gpu]] = {
         network_rate=25 * _GB,
     ),
     "h100-80": Gpu(
-        memory_bytes=80 * _GB,
+        memory_bytes=SHEETS["h100-80"].memory_gb * _GB,
         bf16_flops=989e12,
         fp8_flops=1979e12,
         memory_rate=3350 * _GB,
@@ -53,7 +55,7 @@ GPUS: Final[dict[str, Gpu]] = {
         network_rate=50 * _GB,
     ),
     "h200-141": Gpu(
-        memory_bytes=141 * _GB,
+        memory_bytes=SHEETS["h200-141"].memory_gb * _GB,
         bf16_flops=989e12,
         fp8_flops=1979e12,
         memory_rate=4800 * _GB,
