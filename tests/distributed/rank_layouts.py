@@ -207,7 +207,7 @@ def _updates(
     mesh: Mesh,
 ) -> list[dict[str, float]]:
     """One optimizer step per minibatch, the way the trainer does it."""
-    tokens = {s: (ids, engine[s]) for s, ids in enumerate(rollouts.completions)}
+    tokens = {s: (ids, engine[s], [True] * len(ids)) for s, ids in enumerate(rollouts.completions)}
     minibatches: list[list[RolloutMicroBatch]] = []
     for plan in plans:
         batches = rollout_micro_batches(
