@@ -85,7 +85,7 @@ def test_suite_that_would_cut_programs_off(
 def test_verdicts_inside_are_refused_at_load(
     code_job: Job, run_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(validate, "_sandbox", lambda config, rewards: [])
+    monkeypatch.setattr(validate, "_sandbox", lambda *given: [])
     loop = json.dumps({"asserts": ["for i in range(3):\n    assert f(i)"]})
     code_job.write_rows([{"prompt": "Write f.", "answer": loop}])
     assert run_cli("train", "config.yaml").code == 0
