@@ -144,10 +144,8 @@ class EnvironmentRuntime:
         text = json.dumps(make()).encode() if self._engines.tp_rank == 0 else b""
         size = torch.tensor([len(text)], device=self._device)
         dist.broadcast(size, source, group=group)
-        data = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else None
-        if data is None:
-            data = torch.zeros(int(size), dtype=torch.uint8)
-        data = data.to(self._device)
+        # On the other ranks as many bytes, to be written over; a JSON text is never empty.
+        data = torch.frombuffer(bytearray(text or int(size)), dtype=torch.uint8).to(self._device)
         dist.broadcast(data, source, group=group)
         return json.loads(bytes(data.tolist()))
 
@@ -166,11 +164,6 @@ class Episodes:
         self._sample_of: dict[int, int] = {}
         self._counts = Counter[str]()
         self._seconds, self._traceback = 0.0, ""
-
-    @property
-    def num_waiting(self) -> int:
-        """Completions whose environment has not answered yet."""
-        return len(self._sample_of)
 
     def begin(self, sample: int, prompt: Prompt) -> None:
         """Start the episode of a completion."""
