@@ -234,9 +234,8 @@ def ends(sample: RewardSample) -> Any:
     if sample.completion == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if sample.completion == "bomb":
-        blocks = []
-        while True:
-            blocks.append(bytearray(2**24))
+        held = bytearray(600 * 2**20)  # above the tests' limit, and kept until that is seen
+        time.sleep(1000 + len(held))
     if sample.completion == "fork":
         os.fork()
     if sample.completion == "scribble":

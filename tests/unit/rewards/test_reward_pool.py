@@ -11,7 +11,9 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,13 +21,12 @@ from suite_helpers import HERE, is_running, mine, reward, rollout, score, suite,
 
 from gdpo_megatron.config.sandbox import SandboxConfig
 from gdpo_megatron.config.schema import RewardSuiteConfig
+from gdpo_megatron.rewards.scores import RewardScores
 from gdpo_megatron.rewards.suite import RewardSuite
 
 
 def test_what_ends_a_worker_costs_its_own_entry_alone():
     reasons = {
-        "hang": "sample timeout: no result within 1 s",
-        "deaf": "sample timeout: no result within 1 s",
         "segfault": "worker died of SIGSEGV: Fatal Python error: Segmentation fault",
         "leave": "worker exited with 7",
         "kill": "worker died of SIGKILL",
@@ -33,29 +34,47 @@ def test_what_ends_a_worker_costs_its_own_entry_alone():
         "scribble": "wrote to the suite's pipe",
     }
     texts = ["fine", "fork", *(text for name in reasons for text in (name, "fine"))]
+    scores = score_beside_others(texts, reasons, sample_timeout_seconds=600.0)
+    assert scores.num_invalid["ends"] == {
+        "worker died of SIGSEGV": 1, "worker exited with 7": 1, "worker died of SIGKILL": 1,
+        "memory limit": 1, "wrote to the suite's pipe": 1,
+    }  # fmt: skip
+    # Any of them might be the fault of an earlier call.
+    assert scores.report.num_retries == 5
+    assert scores.report.num_restarts == 2 * 5
+    # Where it was, for who has to mend it.
+    assert "in ends" in scores.reasons[texts.index("segfault"), "ends"]
+
+
+def test_a_call_that_never_returns_costs_its_own_entry_alone():
+    reasons = dict.fromkeys(("hang", "deaf"), "sample timeout: no result within 5 s")
+    scores = score_beside_others(
+        ["fine", "hang", "fine", "deaf", "fine", "fine"], reasons, sample_timeout_seconds=5.0
+    )
+    assert scores.num_invalid["ends"] == {"sample timeout": 2}
+    assert scores.report.num_timeouts("ends") == 2
+    assert scores.report.num_retries == 0  # a call over its time is its own fault
+    assert scores.report.num_restarts == 2
+
+
+def score_beside_others(
+    texts: Sequence[str], reasons: Mapping[str, str], **settings: Any
+) -> RewardScores:
+    """Scores of `ends` between two others, which keep theirs; only `reasons` costs an entry."""
     scores = score(
         mine("before", "one"),
         reward("ends"),
         mine("after", "one"),
         texts=texts,
-        sample_timeout_seconds=1.0,
         worker_memory_mb=400,
+        **settings,
     )
     assert scores.valid[:, 0].all() and scores.valid[:, 2].all()
     found = {texts[row]: reason.partition("\n")[0] for (row, _), reason in scores.reasons.items()}
     assert found == reasons
-    assert scores.valid[:, 1].tolist() == [text in ("fine", "fork") for text in texts]
+    assert scores.valid[:, 1].tolist() == [text not in reasons for text in texts]
     assert (scores.values[scores.valid[:, 1], 1] == 2.0).all()
-    assert scores.num_invalid["ends"] == {
-        "sample timeout": 2, "worker died of SIGSEGV": 1, "worker exited with 7": 1,
-        "worker died of SIGKILL": 1, "memory limit": 1, "wrote to the suite's pipe": 1,
-    }  # fmt: skip
-    # A call over its time is its own fault; the other five might be that of an earlier call.
-    assert scores.report.num_retries == 5
-    assert scores.report.num_restarts == 2 + 2 * 5
-    assert scores.report.num_timeouts("ends") == 2
-    # Where it was, for who has to mend it.
-    assert "in ends" in scores.reasons[texts.index("segfault"), "ends"]
+    return scores
 
 
 def test_a_call_that_its_worker_took_along_is_made_once_more(tmp_path: Path):
