@@ -82,6 +82,7 @@ def _case(
                         max_sequence_length=256,
                     )
                 )
+                _check_shared_memory(case["tensor_parallel_size"])
             precision = PrecisionConfig(params_dtype=case["dtype"])
             model = MegatronModel(arch, precision=precision, max_sequence_length=256, **where)
             results[name] = _synced(model, folder, arch, engine, prompts, sampling)
@@ -89,6 +90,14 @@ def _case(
     engine.close()
     gc.collect()
     return results
+
+
+def _check_shared_memory(tensor_parallel_size: int) -> None:
+    """What its ranks share has no name that another run would meet, or that a kill would leave."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    shared = [line for line in maps if "cpushm" in line]
+    assert shared or tensor_parallel_size == 1
+    assert all("/gdpo_megatron-" in line and line.endswith("(deleted)") for line in shared), shared
 
 
 def _synced(

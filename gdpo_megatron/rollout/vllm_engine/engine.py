@@ -13,7 +13,7 @@ at each sync.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from gdpo_megatron.rollout.base import (
     SamplingParams,
 )
 from gdpo_megatron.rollout.observe import OnValue, hooked
-from gdpo_megatron.rollout.vllm_engine import environment
+from gdpo_megatron.rollout.vllm_engine import environment, shared_memory
 from gdpo_megatron.rollout.vllm_engine.observe import points
 from gdpo_megatron.types import Completion, FinishReason
 
@@ -298,28 +298,31 @@ def _start(setup: EngineSetup) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
+    names = nullcontext()
     if current_platform.is_cpu():
         _prepare_cpu(setup, current_platform)
+        names = shared_memory.own_names(setup.mesh)
     try:
-        return LLM(
-            model=str(setup.model_files),
-            skip_tokenizer_init=True,
-            trust_remote_code=False,
-            load_format="dummy",  # the first sync brings the weights
-            dtype=setup.dtype,
-            seed=setup.seed,  # equal on all ranks of an engine, whose schedulers must agree
-            max_model_len=setup.max_sequence_length,
-            max_num_seqs=setup.max_concurrent_sequences,
-            kv_cache_memory_bytes=int(setup.vllm.kv_cache_gib * 2**30),
-            enforce_eager=setup.vllm.enforce_eager,
-            enable_prefix_caching=True,
-            tensor_parallel_size=setup.mesh.tp_size,
-            distributed_executor_backend="external_launcher",
-            logprobs_mode="processed_logprobs",
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            enable_sleep_mode=current_platform.is_sleep_mode_available(),
-            generation_config="vllm",  # not the folder's: its defaults would change the sampling
-        )
+        with names:
+            return LLM(
+                model=str(setup.model_files),
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                load_format="dummy",  # the first sync brings the weights
+                dtype=setup.dtype,
+                seed=setup.seed,  # equal on all ranks of an engine, whose schedulers must agree
+                max_model_len=setup.max_sequence_length,
+                max_num_seqs=setup.max_concurrent_sequences,
+                kv_cache_memory_bytes=int(setup.vllm.kv_cache_gib * 2**30),
+                enforce_eager=setup.vllm.enforce_eager,
+                enable_prefix_caching=True,
+                tensor_parallel_size=setup.mesh.tp_size,
+                distributed_executor_backend="external_launcher",
+                logprobs_mode="processed_logprobs",
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+                enable_sleep_mode=current_platform.is_sleep_mode_available(),
+                generation_config="vllm",  # the folder's would change the sampling
+            )
     except (ValueError, NotImplementedError) as error:  # vLLM's own ways to refuse a model
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
