@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.assets import needed
-from support.models import MODELS, save_model
+
+from gdpo_megatron.certify.family_models import MODELS, save_model
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +19,7 @@ def stories_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a small random model by its name in `support.models.MODELS`; made once."""
+    """Folder of a small random model by its name in `family_models.MODELS`; made once."""
     made: dict[str, Path] = {}
 
     def folder(name: str) -> Path:

@@ -18,24 +18,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gdpo_megatron.certify.layout_compare import (
+    EIGHT_RANKS,
+    LIMITS,
+    TWO_RANKS,
+    differences,
+    start_weights,
+)
+from gdpo_megatron.certify.layout_models import FAMILIES, MODELS, write_models
+
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "distributed"
 
 
-def _test_modules() -> tuple[Any, Any]:
-    """The tests' tables and models, which are no package."""
+def _test_module() -> Any:
+    """What runs layouts for the tests, which is no package."""
     if str(TESTS) not in sys.path:
         sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-    return importlib.import_module("layouts"), importlib.import_module("tiny_llama")
+    return importlib.import_module("layouts")
 
 
 def measure(num_ranks: int, folder: Path) -> dict[str, dict[str, float]]:
     """Layout -> measure -> largest difference over the models it was run with."""
-    layouts, tiny_llama = _test_modules()
+    layouts = _test_module()
     models = folder / "models"
-    tiny_llama.write_models(models)
-    names = list(tiny_llama.MODELS | tiny_llama.FAMILIES)
+    write_models(models)
+    names = list(MODELS | FAMILIES)
     engine: Any = layouts.engine_logprobs(layouts.plain_logprobs(models, names))
-    start = layouts.start_weights(models)
+    start = start_weights(models)
     table = _cases(num_ranks)
     chosen = {model for model, _, _ in table}
     single = layouts.run(
@@ -51,7 +60,7 @@ def measure(num_ranks: int, folder: Path) -> dict[str, dict[str, float]]:
     worst: dict[str, dict[str, float]] = {}
     for model, name, _ in table:
         label = f"{name} (experts)" if model == "experts" else name
-        found = layouts.differences(results[f"{model} {name}"], single[model], start[model])
+        found = differences(results[f"{model} {name}"], single[model], start[model])
         row = worst.setdefault(label, dict.fromkeys(found, 0.0))
         for key, value in found.items():
             row[key] = max(row[key], value)
@@ -60,9 +69,9 @@ def measure(num_ranks: int, folder: Path) -> dict[str, dict[str, float]]:
 
 def _cases(num_ranks: int) -> list[tuple[str, str, Mapping[str, Any]]]:
     """(model, name, layout) of everything that is run on so many ranks."""
-    layouts, tiny_llama = _test_modules()
-    dense = {2: layouts.TWO_RANKS, 4: layouts.FOUR_RANKS_FULL, 8: layouts.EIGHT_RANKS}[num_ranks]
-    cases = [(model, *item) for model in tiny_llama.MODELS for item in dense.items()]
+    layouts = _test_module()
+    dense = {2: TWO_RANKS, 4: layouts.FOUR_RANKS_FULL, 8: EIGHT_RANKS}[num_ranks]
+    cases = [(model, *item) for model in MODELS for item in dense.items()]
     of_families = {
         2: layouts.FAMILY_LAYOUTS,
         4: {"experts": layouts.EXPERTS_ON_FOUR_RANKS},
@@ -92,11 +101,10 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, choices=(2, 4, 8), default=2)
     options = parser.parse_args()
-    limits: dict[str, float] = _test_modules()[0].LIMITS
     with tempfile.TemporaryDirectory() as folder:
         worst = measure(options.ranks, Path(folder))
-    print(as_markdown(worst, limits))
-    exceeded = [n for n, row in worst.items() if any(row[c] > limits[c] for c in limits)]
+    print(as_markdown(worst, LIMITS))
+    exceeded = [n for n, row in worst.items() if any(row[c] > LIMITS[c] for c in LIMITS)]
     if exceeded:
         sys.exit(f"over the limit: {', '.join(exceeded)}")
 

@@ -8,12 +8,13 @@ from typing import Any
 import layouts
 import plain_torch
 import pytest
-from tiny_llama import FAMILIES, MODELS, make_rollouts, write_models
+
+from gdpo_megatron.certify.layout_models import FAMILIES, MODELS, make_rollouts, write_models
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the models in tiny_llama.py."""
+    """Folder of the models that layouts are compared on."""
     folder = tmp_path_factory.mktemp("models")
     write_models(folder)
     return folder

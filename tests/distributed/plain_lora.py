@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_llama import Rollouts
 from torch import Tensor
 
+from gdpo_megatron.certify.layout_models import Rollouts
 from gdpo_megatron.config.schema import OptimizerConfig
 
 # The norm is clipped in every step, decay is large enough to be seen, and eps keeps Adam from

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_llama import (
+from torch import Tensor
+
+from gdpo_megatron.certify.layout_models import (
     GROUP_SIZE,
     LOSS,
     NUM_MINIBATCHES,
@@ -19,7 +21,6 @@ from tiny_llama import (
     TEMPERATURE,
     Rollouts,
 )
-from torch import Tensor
 
 
 def load(folder: Path) -> Any:

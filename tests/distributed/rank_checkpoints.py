@@ -13,8 +13,7 @@ from unittest import mock
 from rank_layouts import in_layout  # prepares Megatron, so it comes first
 
 import torch  # isort: skip
-from tiny_llama import MAX_LENGTH, TinyWeights, make_rollouts  # isort: skip
-
+from gdpo_megatron.certify.layout_models import MAX_LENGTH, TinyWeights, make_rollouts
 from gdpo_megatron.checkpoint import CheckpointManager, manager
 from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from gdpo_megatron.conversion.families import load_architecture

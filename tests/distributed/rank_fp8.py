@@ -8,26 +8,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import rank_layouts
-import torch
+from rank_layouts import in_layout  # prepares Megatron, so it comes first
+
+import torch  # isort: skip
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from rank_layouts import in_layout
-from tiny_llama import (
-    GROUP_SIZE,
-    MAX_LENGTH,
-    NUM_MINIBATCHES,
-    OPTIMIZER,
+from torch import Tensor
+
+from gdpo_megatron.certify import layout_run
+from gdpo_megatron.certify.layout_models import (
     TEMPERATURE,
     make_rollouts,
 )
-from torch import Tensor
-
 from gdpo_megatron.config.fp8 import Fp8Config
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.schema import PrecisionConfig, TrainConfig
 from gdpo_megatron.conversion.families import load_architecture
-from gdpo_megatron.conversion.hf_io import HFCheckpoint
 from gdpo_megatron.policy import fp8 as numbers
 from gdpo_megatron.policy import fp8_linear
 from gdpo_megatron.policy.fp8_linear import (
@@ -39,7 +35,7 @@ from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
 from gdpo_megatron.policy.transformer_config import transformer_config
-from gdpo_megatron.update import MinibatchPlan, PolicyLoss, RolloutMicroBatch, plan_minibatches
+from gdpo_megatron.update import MinibatchPlan, PolicyLoss, RolloutMicroBatch
 
 # ---- one layer -----------------------------------------------------------------------------------
 
@@ -187,29 +183,11 @@ def _models(
     folder: Path, case: dict[str, Any], layout: dict[str, Any], **policy: Any
 ) -> tuple[MegatronPolicy, MegatronModel, list[MinibatchPlan]]:
     fp8 = None if case["fp8"] is None else Fp8Config(**case["fp8"])
-    arch, rollouts = load_architecture(folder / case["model"]), make_rollouts()
-    layout = {
-        **layout,
-        "precision": PrecisionConfig(params_dtype=case["dtype"], fp8=fp8),
-        "max_sequence_length": MAX_LENGTH,
-    }
-    reader = HFCheckpoint(folder / case["model"], arch)
-    trained = MegatronPolicy(
-        arch, optimizer=OPTIMIZER, total_updates=3, make_reader=lambda: reader, **layout, **policy
+    trained, reference = layout_run.make_models(
+        folder, case["model"], layout, dtype=case["dtype"], fp8=fp8, **policy
     )
-    reference = MegatronModel(arch, **layout)
-    reference.load_hf(HFCheckpoint(folder / f"{case['model']}_reference", arch))
-    reference.freeze()
-    plans = plan_minibatches(
-        rollouts.loss_rows,
-        [len(prompt.token_ids) for prompt in rollouts.prompts],
-        rollouts.lengths,
-        group_size=GROUP_SIZE,
-        num_minibatches=NUM_MINIBATCHES,
-        dp_size=layout["mesh"].dp_size,
-        hidden_size=arch.hidden_size,
-    )
-    return trained, reference, plans
+    dp_size, hidden_size = layout["mesh"].dp_size, trained.arch.hidden_size
+    return trained, reference, layout_run.make_plans(make_rollouts(), dp_size, hidden_size)
 
 
 def _case(
@@ -218,11 +196,11 @@ def _case(
     mesh = layout["mesh"]
     policy, reference, plans = _models(folder, case, layout)
     gradients: list[dict[str, Tensor]] = []
-    rank_layouts._keep_gradients(policy, gradients)
+    layout_run.keep_gradients(policy, gradients)
     recorded: Any = type("Recorded", (_Recorded,), {"dp_rank": mesh.dp_rank, "kept": []})
     batching = policy.micro_batching(TrainConfig(micro_batch_size=1))
-    with mock.patch.object(rank_layouts, "PolicyLoss", recorded):
-        steps = rank_layouts._updates(
+    with mock.patch.object(layout_run, "PolicyLoss", recorded):
+        steps = layout_run.update_policy(
             policy, reference, plans, make_rollouts(), engine, batching, mesh
         )
     weights = {name: tensor.clone() for name, tensor in policy.hf_tensors()}
@@ -286,7 +264,7 @@ def _gated(
 
     policy.update = checked_update
     try:
-        result["steps"] = rank_layouts._updates(
+        result["steps"] = layout_run.update_policy(
             policy, reference, plans, make_rollouts(), engine, batching, layout["mesh"]
         )
     except Fp8Drift as error:

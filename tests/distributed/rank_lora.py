@@ -13,7 +13,7 @@ from rank_layouts import in_layout, platform  # prepares Megatron, so it comes f
 
 import torch  # isort: skip
 from plain_lora import MINIBATCHES, OPTIMIZER  # isort: skip
-from tiny_llama import MAX_LENGTH, make_rollouts  # isort: skip
+from gdpo_megatron.certify.layout_models import MAX_LENGTH, make_rollouts
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.engines import greedy, request  # isort: skip

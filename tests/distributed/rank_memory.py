@@ -12,7 +12,8 @@ from unittest import mock
 from rank_layouts import in_layout  # prepares Megatron, so it comes first
 
 import torch  # isort: skip
-from tiny_llama import MAX_LENGTH, OPTIMIZER, TEMPERATURE, make_rollouts  # isort: skip
+from gdpo_megatron.certify.layout_models import MAX_LENGTH, OPTIMIZER, TEMPERATURE, make_rollouts
+
 from torch import Tensor  # isort: skip
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

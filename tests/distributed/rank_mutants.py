@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from tiny_llama import make_rollouts
-
+from gdpo_megatron.certify.layout_models import make_rollouts
 from gdpo_megatron.conversion import mapping
 from gdpo_megatron.policy import context_parallel, head, layer_spec, megatron_policy, weights
 from gdpo_megatron.policy.layer_spec import SDPACoreAttention

@@ -10,8 +10,7 @@ from rank_layouts import in_layout  # prepares Megatron, so it comes first
 
 import torch  # isort: skip
 import rank_mutants  # isort: skip
-from tiny_llama import MAX_LENGTH, make_rollouts  # isort: skip
-
+from gdpo_megatron.certify.layout_models import MAX_LENGTH, make_rollouts
 from gdpo_megatron.config.schema import PrecisionConfig, TrainConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint

@@ -19,12 +19,12 @@ from rank_layouts import platform  # prepares Megatron, so it comes first
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
-from megatron.core import parallel_state  # isort: skip
 from watched_engine import Record, WatchedEngine, watched_draws  # isort: skip
 
 from gdpo_megatron.build import build_parts
 from gdpo_megatron.config.loader import load_config
 from gdpo_megatron.config.schema import RLConfig
+from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.rollout.base import EngineSetup, RolloutRequest, SamplingParams, engines
 from gdpo_megatron.trainer import GDPOTrainer
@@ -128,6 +128,6 @@ def _case(
         steps = [json.loads(line) for line in lines]
         result["metrics"] = {name: [step[name] for step in steps] for name in METRICS}
     del trainer, parts
-    parallel_state.destroy_model_parallel()
+    meshes.destroy()
     gc.collect()
     return result

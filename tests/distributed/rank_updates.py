@@ -8,8 +8,7 @@ from typing import Any
 from rank_layouts import in_layout  # prepares Megatron, so it comes first
 
 import torch  # isort: skip
-from tiny_llama import MAX_LENGTH, TEMPERATURE, make_rollouts  # isort: skip
-
+from gdpo_megatron.certify.layout_models import MAX_LENGTH, TEMPERATURE, make_rollouts
 from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint

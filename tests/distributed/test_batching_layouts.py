@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layouts import LIMITS, Layout, Results, case, differences, run, start_weights
+from layouts import Results, case, run
 from rank_harness import run_ranks
 from test_layouts import assert_same
+
+from gdpo_megatron.certify.layout_compare import LIMITS, Layout, differences, start_weights
 
 pytestmark = pytest.mark.distributed
 

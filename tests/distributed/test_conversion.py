@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from rank_harness import run_ranks
-from support.models import MODELS, save_model
 
+from gdpo_megatron.certify.family_models import MODELS, save_model
 from gdpo_megatron.conversion.convert import convert
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint

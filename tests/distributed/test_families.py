@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from rank_harness import run_ranks
-from support.models import MODELS, VOCAB_SIZE, save_model
 
+from gdpo_megatron.certify.family_models import MODELS, VOCAB_SIZE, save_model
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.mapping import hf_shapes
 

@@ -14,23 +14,26 @@ from typing import Any
 import pytest
 import torch
 from layouts import (
-    EIGHT_RANKS,
     EXPERTS_ON_FOUR_RANKS,
     FAMILY_LAYOUTS,
-    FOUR_RANKS,
     FOUR_RANKS_FULL,
+    Results,
+    case,
+    run,
+)
+
+from gdpo_megatron.certify.layout_compare import (
+    EIGHT_RANKS,
+    FOUR_RANKS,
     LIMITS,
     TWO_RANKS,
     Layout,
-    Results,
-    case,
     differences,
     of_logprobs,
     of_weights,
-    run,
     start_weights,
 )
-from tiny_llama import FAMILIES, MODELS, OPTIMIZER
+from gdpo_megatron.certify.layout_models import FAMILIES, MODELS, OPTIMIZER
 
 pytestmark = pytest.mark.distributed
 

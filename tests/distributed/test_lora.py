@@ -17,9 +17,9 @@ import plain_lora
 import pytest
 import torch
 from rank_harness import run_ranks
-from support.models import MODELS, VOCAB_SIZE, save_model
-from tiny_llama import make_rollouts
 
+from gdpo_megatron.certify.family_models import MODELS, VOCAB_SIZE, save_model
+from gdpo_megatron.certify.layout_models import make_rollouts
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.mapping import hf_shapes
 

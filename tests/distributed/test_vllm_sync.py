@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from rank_harness import run_ranks
-from support.models import VOCAB_SIZE, save_model
 from support.sabotage import OF_ENGINE, SABOTAGES
+
+from gdpo_megatron.certify.family_models import VOCAB_SIZE, save_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support.evaluations import evaluate
 from support.jobs import cli, run_job, running
-from support.models import save_model
 
+from gdpo_megatron.certify.family_models import save_model
 from gdpo_megatron.config import yaml_text
 
 NUM_PROMPTS, N = 6, 2

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from support.engines import engine_setup
 from support.jobs import read_jsonl, succeed
-from support.models import MODELS, save_model
 
+from gdpo_megatron.certify.family_models import MODELS, save_model
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.rollout.base import engines

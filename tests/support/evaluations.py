@@ -12,6 +12,7 @@ from gdpo_megatron.platform import detect_platform
 
 detect_platform().prepare_megatron()  # the job's modules import Megatron
 
+from gdpo_megatron.certify.family_models import EOS, save_model  # noqa: E402
 from gdpo_megatron.config import yaml_text  # noqa: E402
 from gdpo_megatron.config.loader import load_config  # noqa: E402
 from gdpo_megatron.config.schema import RLConfig, RolloutConfig  # noqa: E402
@@ -21,7 +22,6 @@ from gdpo_megatron.data.tokenizer import load_tokenizer  # noqa: E402
 from gdpo_megatron.evaluation.job import run_eval  # noqa: E402
 from gdpo_megatron.rollout.base import engines  # noqa: E402
 from support.engines import ONE_RANK, engine_setup, one_rank  # noqa: E402
-from support.models import EOS, save_model  # noqa: E402
 
 ENGINE = f"{Path(__file__).with_name('answering_engine.py')}:answering_engine"
 CONTEXT = 32768

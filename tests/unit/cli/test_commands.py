@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.cli_job import Cli, Job
-from support.models import reference_model
 
 from gdpo_megatron import __version__
+from gdpo_megatron.certify.family_models import reference_model
 from gdpo_megatron.config.fields import walk
 from gdpo_megatron.config.schema import RLConfig, SFTConfig
 from gdpo_megatron.data.tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support.engines import drain, greedy, native_engine, request
-from support.models import reference_model, save_model
 
+from gdpo_megatron.certify.family_models import reference_model, save_model
 from gdpo_megatron.conversion.families import families, load_architecture
 from gdpo_megatron.conversion.mapping import hf_shapes
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.models import MODELS
 
+from gdpo_megatron.certify.family_models import MODELS
 from gdpo_megatron.conversion.convert import Format, convert
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.hf_io import HFCheckpoint

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from support.models import MODELS
 
+from gdpo_megatron.certify.family_models import MODELS
 from gdpo_megatron.conversion.architecture import MixtureOfExperts, ModelArchitecture
 from gdpo_megatron.conversion.families import load_architecture
 from gdpo_megatron.conversion.families.llama import LAYER_ROWS as LLAMA_ROWS

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.models import MODELS, save_model
+
+from gdpo_megatron.certify.family_models import MODELS, save_model
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -18,10 +18,10 @@ from unittest import mock
 import pytest
 import torch
 from support.engines import engine_setup, one_rank
-from support.models import EOS, save_model
 from support.sabotage import KeepsPackedOutputLayer, Named, Wrapped
 from torch import Tensor
 
+from gdpo_megatron.certify.family_models import EOS, save_model
 from gdpo_megatron.checkpoint_cli import run_tool
 from gdpo_megatron.compare_engine import (
     EngineComparison,

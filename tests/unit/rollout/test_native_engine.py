@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 from support.engines import drain, folder_tensors, greedy, native_engine, request
-from support.models import MODELS, reference_logits, reference_model
 from torch import Tensor
 
+from gdpo_megatron.certify.family_models import MODELS, reference_logits, reference_model
 from gdpo_megatron.data.tokenizer import load_tokenizer
 from gdpo_megatron.rollout.base import RolloutRequest, SamplingParams
 from gdpo_megatron.rollout.native import NativeEngine
