@@ -46,7 +46,7 @@ from gdpo_megatron.types import Prompt
 from gdpo_megatron.validate_environment import environment_problems
 from gdpo_megatron.validate_eval import eval_checks, eval_rewards, row_problems
 from gdpo_megatron.validate_fp8 import fp8_problems
-from gdpo_megatron.validate_layout import divides, layout_problems
+from gdpo_megatron.validate_layout import engine_layout_problems, layout_problems
 from gdpo_megatron.validate_lora import lora_problems
 from gdpo_megatron.validate_memory import memory_problems
 
@@ -241,10 +241,7 @@ def _engine(
 ) -> list[str]:
     import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
 
-    rollout, key = config.rollout, "rollout.tensor_parallel_size"
-    problems = divides(key, rollout.tensor_parallel_size, arch)
-    if world_size % rollout.tensor_parallel_size:
-        problems.append(f"{key} {rollout.tensor_parallel_size} does not divide {world_size} ranks")
+    rollout, problems = config.rollout, engine_layout_problems(config, arch, world_size)
     try:
         engines.get(rollout.engine, base_dir)
     except InputError as error:

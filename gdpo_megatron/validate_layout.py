@@ -54,6 +54,22 @@ def divides(key: str, size: int, arch: ModelArchitecture) -> list[str]:
     ]
 
 
+def engine_layout_problems(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[str]:
+    """What of the engines' layout does not fit the model or the ranks.
+
+    vLLM gives each rank a copy of a key/value head where there are more ranks than heads; the
+    native engine, as Megatron, does not.
+    """
+    key, size = "rollout.tensor_parallel_size", config.rollout.tensor_parallel_size
+    problems = divides(key, size, arch)
+    repeats = size % arch.num_key_value_heads == 0
+    if config.rollout.engine == "vllm" and repeats:
+        problems = [it for it in problems if not it.endswith("key/value heads")]
+    if world_size % size:
+        problems.append(f"{key} {size} does not divide {world_size} ranks")
+    return problems
+
+
 def _world(parallel: ParallelConfig, world_size: int) -> list[str]:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, problems = parallel.context_parallel_size, list[str]()

@@ -17,7 +17,7 @@ import yaml
 
 from gdpo_megatron.planning.job import Job, load_job
 from gdpo_megatron.planning.machine import GPUS, Assumptions
-from gdpo_megatron.planning.plan import layouts_that_fit
+from gdpo_megatron.planning.search import layouts_that_fit
 from gdpo_megatron.planning.tables import in_bytes, layout_name
 
 STEP: dict[str, Any] = {
@@ -33,8 +33,10 @@ STEP: dict[str, Any] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
         "free_grad_buffers_during_rollout": True,
+        "reference": "swap",
     },
     "rollout": {
+        "engine": "vllm",
         "num_prompts_per_step": 512,
         "group_size": 16,
         "max_completion_tokens": 7168,

@@ -11,7 +11,8 @@ from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.planning.chart import draw
 from gdpo_megatron.planning.job import Job, load_job
 from gdpo_megatron.planning.machine import GPUS, Assumptions
-from gdpo_megatron.planning.plan import layouts_that_fit, make_plan
+from gdpo_megatron.planning.plan import make_plan
+from gdpo_megatron.planning.search import layouts_that_fit
 from gdpo_megatron.planning.tables import (
     assumption_lines,
     layout_lines,

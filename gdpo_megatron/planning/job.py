@@ -19,7 +19,7 @@ from gdpo_megatron.conversion.mapping import hf_shapes
 from gdpo_megatron.conversion.model_folder import model_files
 from gdpo_megatron.conversion.pipeline import stage_layers
 from gdpo_megatron.errors import InputError
-from gdpo_megatron.validate_layout import divides, layout_problems
+from gdpo_megatron.validate_layout import engine_layout_problems, layout_problems
 from gdpo_megatron.validate_memory import memory_problems
 
 FP8_ALIGNMENT = 16
@@ -254,18 +254,9 @@ def job_problems(job: Job, uneven_gathers: bool = True) -> list[str]:
         lambda: memory_problems(job.kind, config, arch),
     ]
     if isinstance(config, RLConfig):
-        checks.append(lambda: engine_problems(config, arch, job.world_size))
+        checks.append(lambda: engine_layout_problems(config, arch, job.world_size))
     problems = [problem for check in checks for problem in check()]
     return list(dict.fromkeys(problems))
-
-
-def engine_problems(config: RLConfig, arch: ModelArchitecture, world_size: int) -> list[str]:
-    """What of the engines' layout does not fit."""
-    key, size = "rollout.tensor_parallel_size", config.rollout.tensor_parallel_size
-    problems = divides(key, size, arch)
-    if world_size % size:
-        problems.append(f"{key} {size} does not divide {world_size} ranks")
-    return problems
 
 
 def layers_of_rank(job: Job, pp_rank: int) -> list[int]:

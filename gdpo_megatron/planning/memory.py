@@ -9,7 +9,7 @@ from gdpo_megatron.algorithms import needs_old_pass, needs_reference
 from gdpo_megatron.config.schema import RLConfig
 from gdpo_megatron.config.vllm import VllmConfig
 from gdpo_megatron.planning.activations import forward_bytes, update_bytes
-from gdpo_megatron.planning.job import Job
+from gdpo_megatron.planning.job import Job, layers_of_rank
 from gdpo_megatron.planning.state import Held, held_by, model_parameters
 
 PARTS = (
@@ -24,6 +24,10 @@ PARTS = (
     "log-probs",
 )
 """What a GPU's memory holds, in the order of the chart."""
+
+_VLLM_BATCHED_TOKENS = 16384
+"""Tokens that vLLM 0.32 computes at a time on a GPU of 70 GiB or more, unless it is told otherwise;
+8192 on an A100."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,19 @@ class MemoryPlan:
 
 def memory_plan(job: Job) -> MemoryPlan:
     """Of the stage whose ranks need the most."""
-    plans = [_of_stage(job, pp_rank) for pp_rank in range(job.pp)]
+    plans = [_of_stage(job, pp_rank) for pp_rank in _different_stages(job)]
     return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def _different_stages(job: Job) -> list[int]:
+    """Pipeline ranks of which one needs the most: of equal ones between the ends, the first.
+
+    The later a stage, the fewer micro-batches are under way in it.
+    """
+    of_layers: dict[tuple[int, ...], int] = {}
+    for pp_rank in range(1, job.pp - 1):
+        of_layers.setdefault(tuple(layers_of_rank(job, pp_rank)), pp_rank)
+    return sorted({0, *of_layers.values(), job.pp - 1})
 
 
 def _of_stage(job: Job, pp_rank: int) -> MemoryPlan:
@@ -75,7 +90,7 @@ def _of_stage(job: Job, pp_rank: int) -> MemoryPlan:
         if config.memory.reference == "separate":
             state = state | {"reference": held.num_parameters * job.dtype_bytes}
         else:
-            host = math.ceil(held.parameters / (job.dp * job.cp))
+            host = held.own_parameters
     idle = dict(state)
     if config.memory.free_grad_buffers_during_rollout:
         idle["gradients"] = 0
@@ -83,7 +98,12 @@ def _of_stage(job: Job, pp_rank: int) -> MemoryPlan:
     phases = {
         # The engine is awake with its weights while the trainer's are still all there.
         "weight_sync": idle | {"engine weights": engine, "sync buckets": sync_bytes(job, config)},
-        "rollout": idle | {"engine weights": engine, "KV cache": kv_cache_bytes(job, config)},
+        "rollout": idle
+        | {
+            "engine weights": engine,
+            "KV cache": kv_cache_bytes(job, config),
+            "activations": engine_working_bytes(job, config),
+        },
     }
     forward = {"activations": forward_bytes(job, shape, pp_rank)}
     if needs_old_pass(config.loss):
@@ -121,11 +141,38 @@ def kv_cache_bytes(job: Job, config: RLConfig) -> int:
     return rows * config.model.max_sequence_length * of_token
 
 
+def engine_working_bytes(job: Job, config: RLConfig) -> int:
+    """Of one rank of vLLM while it generates; the native engine's is left out.
+
+    The hidden states of a batch, one layer's MLP or experts, and the log-probs of one token of all
+    sequences over the whole vocabulary.
+    """
+    if config.rollout.engine != "vllm":
+        return 0
+    arch, tp, e = job.arch, config.rollout.tensor_parallel_size, job.dtype_bytes
+    if arch.moe is None:
+        inner = 3 * arch.intermediate_size // tp
+    else:
+        inner = arch.moe.top_k * (3 * arch.moe.intermediate_size // tp + arch.hidden_size)
+    layer = _VLLM_BATCHED_TOKENS * (3 * arch.hidden_size + inner) * e
+    rows = min(config.rollout.max_concurrent_sequences, engine_rows(job, config))
+    return layer + rows * arch.vocab_size * (e + 8)
+
+
+def _reloaded_layer_bytes(job: Job) -> int:
+    """Whole tensors of the largest layer: vLLM holds them until it has all of the layer's."""
+    arch, moe = job.arch, job.arch.moe
+    if moe is None:
+        return 2 * arch.intermediate_size * arch.hidden_size * job.dtype_bytes
+    return 3 * moe.num_experts * moe.intermediate_size * arch.hidden_size * job.dtype_bytes
+
+
 def sync_bytes(job: Job, config: RLConfig) -> int:
-    """One bucket of whole tensors, and this rank's shards of it, where they are put together."""
+    """One bucket of whole tensors, this rank's shards of it, and what vLLM holds back of them."""
     if job.tp == job.pp == job.ep == 1:
         return 0  # tensors are views of the parameters
+    held = _reloaded_layer_bytes(job) if config.rollout.engine == "vllm" else 0
     vocabulary = job.arch.vocab_size * job.arch.hidden_size * job.dtype_bytes
     bucket = max(config.weight_sync.bucket_mb * 2**20, vocabulary)
     # Of a tensor that is cut: its shards as they come, and put together.
-    return bucket + bucket // job.tp + (bucket if job.tp > 1 else 0)
+    return held + bucket + bucket // job.tp + (bucket if job.tp > 1 else 0)

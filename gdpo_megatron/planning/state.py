@@ -8,10 +8,12 @@ that hold the same parameters share the optimizer's state of each bucket in equa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 
+from gdpo_megatron.config.lora import LoraConfig
+from gdpo_megatron.config.schema import ParallelConfig
 from gdpo_megatron.conversion.architecture import ModelArchitecture
 from gdpo_megatron.conversion.layouts import Vocabulary
 from gdpo_megatron.conversion.mapping import hf_shapes
@@ -31,12 +33,14 @@ class Held:
         gradients: float32, of what is trained.
         optimizer: both moments in float32, and main weights where parameters have fewer bits; the
             most that a data-parallel rank has.
+        own_parameters: those that this rank updates, which is what a swapped reference keeps.
     """
 
     num_parameters: int
     parameters: int
     gradients: int
     optimizer: int
+    own_parameters: int
 
 
 def model_parameters(job: Job) -> int:
@@ -49,10 +53,40 @@ def _of_architecture(arch: ModelArchitecture) -> int:
     return sum(math.prod(shape) for shape in hf_shapes(arch).values())
 
 
+@dataclass(frozen=True, slots=True)
+class _StateOf:
+    """All that the state depends on: layouts of engines are searched beside one of the trainer."""
+
+    arch: ModelArchitecture
+    parallel: ParallelConfig
+    lora: LoraConfig | None
+    dtype_bytes: int
+    world_size: int
+    pp_rank: int
+    job: Job = field(compare=False)
+
+
 def held_by(job: Job, pp_rank: int) -> Held:
     """What a rank of a pipeline stage holds; the same for all tensor- and expert-parallel ones."""
+    config = job.config
+    return _held_by(
+        _StateOf(
+            job.arch,
+            config.parallel,
+            config.model.lora,
+            job.dtype_bytes,
+            job.world_size,
+            pp_rank,
+            job,
+        )
+    )
+
+
+@lru_cache(maxsize=256)
+def _held_by(it: _StateOf) -> Held:
+    job, pp_rank = it.job, it.pp_rank
     lora = job.config.model.lora
-    count = parameters = gradients = optimizer = 0
+    count = parameters = gradients = optimizer = own_parameters = 0
     for chunk, layers in enumerate(layers_of_rank(job, pp_rank)):
         dense = list(_dense(job, chunk, pp_rank, layers))
         experts = list(_experts(job, layers))
@@ -70,7 +104,8 @@ def held_by(job: Job, pp_rank: int) -> Held:
             parameters += whole * job.dtype_bytes
             gradients += whole * 4
             optimizer += own * (12 if job.dtype_bytes == 2 else 8)
-    return Held(count, parameters, gradients, optimizer)
+            own_parameters += own * job.dtype_bytes
+    return Held(count, parameters, gradients, optimizer, own_parameters)
 
 
 def _buffer(job: Job, sizes: list[int], ranks: int, pp_rank: int) -> tuple[int, int]:
@@ -79,6 +114,10 @@ def _buffer(job: Job, sizes: list[int], ranks: int, pp_rank: int) -> tuple[int, 
     if job.config.parallel.overlap_grad_reduce and pp_rank == 0:
         limit = max(40_000_000, 1_000_000 * job.dp * job.cp)
     divisor = math.lcm(ranks, _BUCKET_END)
+    if limit == math.inf and not any(size % _PARAMETER_START for size in set(sizes)):
+        elements = sum(sizes)  # nothing is padded but the end: experts are tens of thousands
+        closed = _up(elements, divisor)
+        return closed, min(elements, closed // ranks)
     end = begin = own = 0
     spans: list[tuple[int, int]] = []
     for number, size in enumerate(reversed(sizes), start=1):
@@ -105,23 +144,19 @@ def _dense(job: Job, chunk: int, pp_rank: int, layers: int) -> Iterator[int]:
     vocabulary = arch.padded_vocab_size(job.tp) * arch.hidden_size // job.tp
     if stage == 0:
         yield vocabulary
-    for _ in range(layers):
-        for row in arch.layer_rows:
-            if not row.per_expert:
-                yield _size(job, row, job.tp)
+    of_layer = [_size(job, row, job.tp) for row in arch.layer_rows if not row.per_expert]
+    yield from of_layer * layers
     if last:
         yield arch.hidden_size
         if not arch.tie_word_embeddings or job.pp * job.vp > 1:
             yield vocabulary
 
 
-def _experts(job: Job, layers: int) -> Iterator[int]:
+def _experts(job: Job, layers: int) -> Sequence[int]:
     if job.arch.moe is None:
-        return
-    for _ in range(layers * job.arch.moe.num_experts // job.ep):
-        for row in job.arch.layer_rows:
-            if row.per_expert:
-                yield _size(job, row, job.etp)
+        return ()
+    of_expert = [_size(job, row, job.etp) for row in job.arch.layer_rows if row.per_expert]
+    return of_expert * (layers * job.arch.moe.num_experts // job.ep)
 
 
 def _size(job: Job, row: LayerRow, parts: int) -> int:

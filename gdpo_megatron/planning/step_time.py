@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gdpo_megatron.algorithms import needs_old_pass, needs_reference
 from gdpo_megatron.config.schema import RLConfig
-from gdpo_megatron.planning.job import Job, Shape
+from gdpo_megatron.planning.job import Job, Shape, layers_of_rank
 from gdpo_megatron.planning.machine import Assumptions, Gpu
 from gdpo_megatron.planning.memory import engine_rows, engine_weight_bytes, kv_bytes_per_token
 from gdpo_megatron.planning.state import held_by, model_parameters
@@ -65,6 +65,19 @@ def forward_flops(job: Job, tokens: float, row_tokens: float) -> float:
     arch = job.arch
     attention = 2 * arch.num_layers * arch.num_attention_heads * arch.head_dim * row_tokens
     return tokens * (2 * active_parameters(job) + attention)
+
+
+def head_layers(job: Job) -> float:
+    """Layers that make a token as much work as the output projection does, attention apart."""
+    head = job.arch.vocab_size * job.arch.hidden_size
+    return head * job.arch.num_layers / (active_parameters(job) - head)
+
+
+def slowest_stage_share(job: Job) -> float:
+    """Of a pass, what the pipeline rank with the most work has, which the others wait for."""
+    head = head_layers(job)
+    stages = [sum(layers_of_rank(job, pp_rank)) for pp_rank in range(job.pp)]
+    return max(*stages[:-1], stages[-1] + head, 0.0) / (job.arch.num_layers + head)
 
 
 def recompute_share(job: Job) -> float:
@@ -147,7 +160,7 @@ def _lengths(config: RLConfig, given: Assumptions) -> tuple[float, float]:
 
 
 def _pass_seconds(job: Job, rates: _Rates, shape: Shape, passes: float) -> float:
-    """Of all micro-batches of one data-parallel rank on one stage, the bubble left out.
+    """Of all micro-batches of one data-parallel rank on the slowest stage, without the bubble.
 
     Args:
         job: the job.
@@ -155,10 +168,10 @@ def _pass_seconds(job: Job, rates: _Rates, shape: Shape, passes: float) -> float
         shape: of a micro-batch.
         passes: 1 forward; 3 and what is recomputed with the backward pass.
     """
-    flops = forward_flops(job, shape.tokens, shape.row_tokens) / (job.tp * job.pp * job.cp)
-    seconds = passes * flops / rates.training
+    flops = forward_flops(job, shape.tokens, shape.row_tokens) / (job.tp * job.cp)
+    seconds = passes * flops * slowest_stage_share(job) / rates.training
     hidden = shape.tokens // job.cp * job.arch.hidden_size * job.dtype_bytes
-    layers = job.arch.num_layers / job.pp
+    layers = max(sum(layers_of_rank(job, pp_rank)) for pp_rank in range(job.pp))
     backward = passes > 1
     # Forward: a gather (or half an all-reduce) and a scatter around attention and around the MLP;
     # backward the same, and the gather of the inputs for the weights' gradients.

@@ -17,7 +17,8 @@ from gdpo_megatron.cli import main
 from gdpo_megatron.planning.activations import norm_bytes, under_way, update_bytes
 from gdpo_megatron.planning.machine import GPUS, Assumptions
 from gdpo_megatron.planning.memory import memory_plan
-from gdpo_megatron.planning.plan import layouts_that_fit, make_plan, plan_against_measured
+from gdpo_megatron.planning.plan import make_plan, plan_against_measured
+from gdpo_megatron.planning.search import layouts_that_fit
 from gdpo_megatron.planning.state import held_by, model_parameters
 from gdpo_megatron.planning.step_time import active_parameters, bubble_share, forward_flops
 
