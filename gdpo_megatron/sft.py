@@ -23,6 +23,7 @@ from gdpo_megatron.errors import InputError
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger
 from gdpo_megatron.observability.progress import ProgressDisplay
+from gdpo_megatron.planning.first_step import FirstStep
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
 
@@ -72,6 +73,7 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
     )
     batching = policy.micro_batching(train)
     parity = ParityGate(config.precision.fp8, policy)
+    first_step = FirstStep(config, parts.arch, mesh, parts.platform)
     checkpoints = CheckpointManager(
         run_dir,
         keep_last=config.checkpoint.keep_last,
@@ -127,7 +129,8 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
                 if message is not None:
                     display.message(message)
                 display.phase("update")
-            stats = policy.update(micro_batches, loss, temperature=1.0)
+            with first_step.watch(policy, micro_batches):
+                stats = policy.update(micro_batches, loss, temperature=1.0)
             step += 1
             seconds = time.perf_counter() - began
             logger.log(
@@ -148,6 +151,8 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
             if stopping or step == train.num_steps or (interval and step % interval == 0):
                 save()
             display.step_done(step, {"loss": stats["loss"], "tokens/s": num_tokens / seconds})
+            for line in first_step.report({"update": seconds}):
+                display.message(line)
         if step == train.num_steps and config.checkpoint.export_hf:
             display.phase("export")
             parts.export(policy, run_dir / "hf")

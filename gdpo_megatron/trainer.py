@@ -33,6 +33,7 @@ from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatch
 from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
+from gdpo_megatron.planning.first_step import FirstStep
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy, WithoutAdapters
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
@@ -166,6 +167,7 @@ class GDPOTrainer:
             self.parity.load_state_dict(state.get("parity", {}))
         self._free_grad_buffers()
         self.interrupt = Interrupt(parts.platform)
+        self.first_step = FirstStep(config, parts.arch, mesh, parts.platform)
         self.timers = PhaseTimers(synchronize=parts.platform.synchronize)
         self.metrics = MetricsLogger(
             self.run_dir,
@@ -201,7 +203,8 @@ class GDPOTrainer:
                         broken = evaluation.broken
                     except EngineFailure as error:
                         broken = error
-                values |= {f"time/{name}_seconds": s for name, s in self.timers.take().items()}
+                seconds = self.timers.take()
+                values |= {f"time/{name}_seconds": s for name, s in seconds.items()}
                 values["time/step_seconds"] = time.perf_counter() - began
                 # Logged before it is saved: a step that a resumed run does not repeat is on record.
                 self.metrics.log(self.step, values)
@@ -211,6 +214,8 @@ class GDPOTrainer:
                     self._save()
                 self.display.step_done(self.step, summary)
                 if broken is not None:
+                for line in self.first_step.report(seconds, values["completion/mean_tokens"]):
+                    self.display.message(line)
                     raise self._saved(broken)
             complete = self.step == train.num_steps
             if complete and self.config.checkpoint.export_hf:
@@ -340,9 +345,10 @@ class GDPOTrainer:
                 if not plan.num_loss_rows:
                     continue
                 loss = PolicyLoss(config.loss, plan, config.rollout.max_completion_tokens)
-                stats = self.policy.update(
-                    micro_batches, loss, temperature=config.rollout.temperature
-                )
+                with self.first_step.watch(self.policy, micro_batches):
+                    stats = self.policy.update(
+                        micro_batches, loss, temperature=config.rollout.temperature
+                    )
                 self.policy_version += 1
                 results.append(update_metrics(stats, loss))
             self._free_grad_buffers()

@@ -292,6 +292,10 @@ class LoggingConfig:
 
 
 @section
+    compare_plan: bool = True
+    """After the first step of a start, print what `plan` says of its memory and its phases' time
+    beside what they took. Its first update is watched for that, which takes longer."""
+
 class RLConfig:
     """A GDPO run (`train`, `eval`)."""
 

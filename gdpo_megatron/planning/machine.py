@@ -72,6 +72,19 @@ GPUS: Final[dict[str, Gpu]] = {
     ),
 }
 
+_DEVICES: Final = (
+    ("NVIDIA A100-SXM4-80GB", "a100-80"),
+    ("NVIDIA H100 80GB HBM3", "h100-80"),
+    ("NVIDIA H200", "h200-141"),
+    ("cpu", "cpu"),
+)
+"""What devices call themselves, and the entry that is theirs."""
+
+
+def gpu_of(device_name: str) -> str | None:
+    """Name in GPUS of a device; None where there is none (see Platform.device_name)."""
+    return next((name for device, name in _DEVICES if device == device_name), None)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assumptions:

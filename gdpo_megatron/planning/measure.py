@@ -47,12 +47,18 @@ def peak_bytes(call: Callable[[], object]) -> int:
     asked: it misses what another thread frees, as gloo's do after a collective, and then counts it
     as alive for ever. What a kernel allocates for itself is not seen here.
     """
-    with _LiveBytes() as live:
+    with LiveBytes() as live:
         call()
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
+    """See `peak_bytes`; for a block instead of a call.
+
+    Attributes:
+        peak: bytes so far.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0

@@ -43,7 +43,7 @@ def make_plan(job: Job, gpu: Gpu, gpus_per_node: int, given: Assumptions) -> Pla
 
 
 def plan_against_measured(
-    job: Job, measured: Mapping[str, float], pp_rank: int = 0
+    job: Job, measured: Mapping[str, float], pp_rank: int = 0, shape: Shape | None = None
 ) -> list[tuple[str, float, float, float]]:
     """What was planned for a rank beside what it measured.
 
@@ -52,6 +52,7 @@ def plan_against_measured(
         measured: "parameters", "gradients", "optimizer", "activations" in bytes, any of them; see
             `measured_state`.
         pp_rank: of the rank.
+        shape: of the micro-batches that were measured; None takes the longest that may come.
 
     Returns:
         (what, planned, measured, error as a share of the measured) of each.
@@ -64,7 +65,7 @@ def plan_against_measured(
         "parameters": held.parameters,
         "gradients": held.gradients,
         "optimizer": held.optimizer,
-        "activations": update_bytes(job, job.shape(), pp_rank).total,
+        "activations": update_bytes(job, shape or job.shape(), pp_rank).total,
     }
     return [
         (name, planned[name], value, planned[name] / value - 1 if value else 0.0)

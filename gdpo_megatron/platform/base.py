@@ -55,6 +55,11 @@ class Platform(Protocol):
         """What torch's FP8 matrix product needs and this machine lacks; None where it runs."""
         ...
 
+    @property
+    def device_name(self) -> str:
+        """What this rank's device calls itself; valid after `setup`."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until the device has done what was queued."""
         ...

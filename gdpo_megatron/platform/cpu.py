@@ -54,6 +54,10 @@ class CpuPlatform:
     def missing_for_fp8(self) -> str | None:
         return None  # computed in float32, from operands of 8 bits
 
+    @property
+    def device_name(self) -> str:
+        return self.name
+
     def synchronize(self) -> None:
         """CPU operations are done when they return."""
 

@@ -54,6 +54,10 @@ class CudaPlatform:
             f"{torch.cuda.get_device_name()} has {has}"
         )
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name()
+
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 

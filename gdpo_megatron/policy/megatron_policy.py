@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -78,7 +79,12 @@ class MegatronPolicy(MegatronModel):
         lora: train adapters only; None trains all weights.
         seed: of new adapters.
         **model: see MegatronModel.
+
+    Attributes:
+        around_gradients: made for each update, entered while it computes its gradients.
     """
+
+    around_gradients: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def __init__(
         self,
@@ -143,7 +149,8 @@ class MegatronPolicy(MegatronModel):
         Raises:
             FloatingPointError: the gradient is not finite; the weights are left as they were.
         """
-        reported = self._accumulate(micro_batches, loss_fn, temperature)
+        with self.around_gradients():
+            reported = self._accumulate(micro_batches, loss_fn, temperature)
         stats = self._reduce_stats(reported, loss_fn)
         stats["padding_share"] = self.padding_share(micro_batches)
         # Before the step, not after it: the first one of a warmup would have a rate of 0.

@@ -41,6 +41,9 @@ def _train(folder: Path, **options: object) -> dict[str, float]:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    asked = options.get("logging__compare_plan") != "false"
+    learned = options.get("dynamic_sampling__tolerance") is None
+    assert ("the plan beside" in done.stdout) == (asked and learned)
     (line,) = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return json.loads(line)
 
@@ -95,6 +98,7 @@ def test_gspo_unbiased_kl_truncated_weights_and_conflict_filter(tmp_path: Path):
         loss__kl_coef=0.1,
         loss__kl_estimator="k1",
         loss__kl_gradient="unbiased",
+        logging__compare_plan="false",
         loss__mismatch__correction="token_truncate",
         advantage__estimator="gd2po",
     )

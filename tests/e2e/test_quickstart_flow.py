@@ -88,6 +88,16 @@ def test_training_logs_every_step(trained: tuple[Path, str]):
     assert list((run_dir / "tensorboard").iterdir())
 
 
+def test_the_plan_is_shown_beside_the_first_step(trained: tuple[Path, str]):
+    _, output = trained
+    assert output.count("the plan beside the first update: rank ") == 1
+    error = dict(re.findall(r"^  (\w+) .* ([+-][0-9.]+)%$", output, re.M))
+    assert [error[it] for it in ("parameters", "gradients", "optimizer")] == ["+0.0"] * 3
+    assert abs(float(error["activations"])) < 10
+    timed = re.findall(r"^  (\w+) +[0-9.]+ +[0-9.]+ +[+-][0-9]+%$", output, re.M)
+    assert timed == ["weight_sync", "rollout", "logprobs", "update"]
+
+
 def test_sampled_rollouts_can_be_read(trained: tuple[Path, str]):
     run_dir, _ = trained
     files = sorted((run_dir / "rollouts").iterdir())
