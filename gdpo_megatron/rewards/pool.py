@@ -348,6 +348,9 @@ class Pool:
 
     def _end_step(self) -> None:
         """Give up all that is open: the step's time is over."""
+        for lane in self._lanes:
+            for worker in list(lane.workers):
+                worker.take_results()  # they came in time, though nobody has read them yet
         verdict = Invalid("step timeout", "the time for all rewards of the step was over")
         for lane in self._lanes:
             open_jobs = [*lane.waiting, *lane.again]

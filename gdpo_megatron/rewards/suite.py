@@ -37,6 +37,7 @@ from gdpo_megatron.rewards.scores import RewardScores, build_scores
 from gdpo_megatron.rewards.wire import decode_result, encode_metadata, encode_samples, line
 from gdpo_megatron.types import Rollout
 
+POOL_COMMAND = (sys.executable, "-m", "gdpo_megatron.rewards.pool")
 _CLOSE_SECONDS = 10.0
 
 
@@ -173,7 +174,7 @@ class RewardSuite:
             raise RuntimeError("the reward suite is closed")
         if self._pool is None:
             self._pool = subprocess.Popen(
-                [sys.executable, "-m", "gdpo_megatron.rewards.pool"],
+                POOL_COMMAND,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 start_new_session=True,  # a Ctrl-C is the launcher's to handle

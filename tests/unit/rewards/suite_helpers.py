@@ -53,6 +53,7 @@ def mine(name: str, function: str, **fields: Any) -> RewardConfig:
 def suite(
     *rewards: RewardConfig, group_size: int = 2, log_path: Path | None = None, **settings: Any
 ) -> RewardSuite:
+    settings.setdefault("sample_timeout_seconds", 600.0)  # nobody's, however slow the machine
     return RewardSuite(
         rewards,
         group_size=group_size,
@@ -80,7 +81,7 @@ def assert_same(first: RewardScores, second: RewardScores) -> None:
     assert first.tracebacks.keys() == second.tracebacks.keys()
 
 
-def wait_until(condition: Callable[[], bool], complaint: str, seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], complaint: str, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, complaint

@@ -6,6 +6,7 @@ What they do follows from the completion, so that a test says in its texts which
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import math
 import os
@@ -13,10 +14,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+import told_time
 
 from gdpo_megatron.rewards import (
     NOT_APPLICABLE,
@@ -25,6 +30,10 @@ from gdpo_megatron.rewards import (
     invalid,
     register_reward,
 )
+from gdpo_megatron.rewards.builtin.math import math_correctness
+
+TOWER = r"9^{9^{9^{9}}}"
+"""sympy would compute for hours."""
 
 
 def one(sample: RewardSample) -> float:
@@ -156,25 +165,34 @@ async def together(sample: RewardSample, num: int) -> float:
 _running = 0
 
 
-async def side_by_side(sample: RewardSample) -> float:
-    """How many calls there are at a time, this one included."""
+async def side_by_side(sample: RewardSample, num: int) -> float:
+    """How many calls there are at a time, this one included; until there were `num`, all wait."""
     global _running
     _running += 1
-    num, _ = _running, await asyncio.sleep(0.05)
+    here = _running
+    if here == num:
+        _all_arrived.set()
+    await _all_arrived.wait()
+    await asyncio.sleep(0.05)  # for one too many to come
     _running -= 1
-    return float(num)
+    return float(here)
 
 
 async def waits(sample: RewardSample) -> Any:
     """By the completion: hangs, blocks the loop, hangs refusing to be cancelled, fails, leaves."""
     if sample.completion == "hang":
+        await told_time.be_overdue()
         await asyncio.sleep(1000)
     if sample.completion == "block":
         await asyncio.sleep(0.1)
+        told_time.say(told_time.FOREVER)
         time.sleep(1000)
     if sample.completion == "stubborn":
+        # From outside of this call's code: it is not what keeps the loop.
+        asyncio.get_running_loop().call_soon(told_time.say, told_time.FOREVER)
         while True:
             try:
+                await told_time.be_overdue()
                 await asyncio.sleep(1000)
             except asyncio.CancelledError:
                 continue
@@ -195,6 +213,7 @@ class Countdown:
     def __call__(self, sample: RewardSample) -> float:
         self.num_calls += 1
         if sample.completion == "hang":
+            told_time.say(told_time.FOREVER)
             time.sleep(1000)
         return float(self.num_calls)
 
@@ -218,6 +237,7 @@ async def novelty(samples: Sequence[RewardSample]) -> list[float]:
 def ends(sample: RewardSample) -> Any:
     """By the completion, what the pool has to deal with; 2.0 for any other."""
     if sample.completion == "hang":
+        told_time.say(told_time.FOREVER)
         while True:
             pass
     if sample.completion == "deaf":
@@ -226,6 +246,7 @@ def ends(sample: RewardSample) -> Any:
                 signal.signal(number, signal.SIG_IGN)
             except (OSError, ValueError):
                 continue
+        told_time.say(told_time.FOREVER)
         time.sleep(1000)
     if sample.completion == "segfault":
         ctypes.string_at(0)
@@ -282,6 +303,7 @@ def starts_others(sample: RewardSample, folder: str) -> float:
         (Path(folder) / f"{sample.completion}_{number}").write_text(str(child.pid))
     (Path(folder) / f"{sample.completion}_own").write_text(str(os.getpid()))
     if sample.completion != "returns":
+        told_time.say(told_time.FOREVER)
         time.sleep(1000)
     return 1.0
 
@@ -317,8 +339,16 @@ def rendezvous(sample: RewardSample, folder: str) -> float:
     return 1.0
 
 
-def sleeps(sample: RewardSample) -> float:
-    time.sleep(float(sample.completion))
+def gets_stuck(sample: RewardSample) -> float:
+    if sample.completion == "stuck":
+        told_time.be_stuck()
+        time.sleep(1000)
+    return 1.0
+
+
+def takes(sample: RewardSample) -> float:
+    """As many seconds as the completion says."""
+    told_time.pass_time(float(sample.completion))
     return 1.0
 
 
@@ -353,7 +383,39 @@ def own_pid(sample: RewardSample) -> float:
     return float(os.getpid())
 
 
-@register_reward("test_sleeps_batch", batch=True)
-def sleeps_batch(samples: Sequence[RewardSample]) -> list[float]:
-    time.sleep(float(samples[0].completion))
+@register_reward("test_takes_batch", batch=True)
+def takes_batch(samples: Sequence[RewardSample]) -> list[float]:
+    told_time.pass_time(float(samples[0].completion))
     return [1.0] * len(samples)
+
+
+# ---- math ----------------------------------------------------------------------------------------
+
+
+def math_in_time(sample: RewardSample, **options: Any) -> Any:
+    """math_correctness with all the time it needs, but for what would need hours."""
+    timeout = 0.3 if TOWER in sample.completion else 600.0
+    return math_correctness(sample, timeout=timeout, **options)
+
+
+def math_that_hangs(sample: RewardSample) -> Any:
+    """math_correctness whose call is over its time once its verifier is at a tower."""
+    if TOWER in sample.completion:
+        threading.Thread(target=_say_when_verifying, daemon=True).start()
+    return math_correctness(sample, timeout=1000.0)
+
+
+def verifiers(pid: int) -> list[psutil.Process]:
+    """The processes below this one that compare expressions."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie's error is one of these
+            if any("math_worker" in part for part in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def _say_when_verifying() -> None:
+    while not verifiers(os.getpid()):
+        time.sleep(0.01)
+    told_time.say(told_time.FOREVER)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
-import psutil
 import pytest
-from suite_helpers import reward, rollout, suite, wait_until
+import suite_rewards
+from suite_helpers import mine, reward, rollout, suite, wait_until
+from suite_rewards import TOWER
 
 from gdpo_megatron.config.reward import GateConfig
 
-TOWER = r"9^{9^{9^{9}}}"
 NAN = math.nan
 
 
@@ -30,25 +31,18 @@ _elsewhere: set[int] = set()
 def _those_of_other_tests() -> None:
     """Answers that were checked in this process before have left it a verifier."""
     _elsewhere.clear()
-    _elsewhere.update(process.pid for process in verifiers())
+    _elsewhere.update(verifiers())
 
 
-def verifiers() -> list[psutil.Process]:
-    return [process for process in psutil.Process().children(recursive=True) if _verifies(process)]
-
-
-def _verifies(process: psutil.Process) -> bool:
-    try:
-        command = process.cmdline()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
-    return process.pid not in _elsewhere and any("math_worker" in part for part in command)
+def verifiers() -> list[int]:
+    everybodys = suite_rewards.verifiers(os.getpid())
+    return [process.pid for process in everybodys if process.pid not in _elsewhere]
 
 
 def test_conditioned_length_of_the_paper():
     """1 iff length <= l and the answer is right; l = 4, inclusive."""
     rewards = [
-        reward("correct", "math_correctness", args={"timeout": 0.3, "on_timeout": "missing"}),
+        mine("correct", "math_in_time", args={"on_timeout": "missing"}),
         reward("short", "length", args={"limit": 4}),
         reward(
             "right_and_short",
@@ -97,7 +91,7 @@ def test_conditioned_length_of_the_paper():
 
 
 def test_an_overrun_within_the_suites_time_is_zero_and_no_fault():
-    rewards = [reward("correct", "math_correctness", args={"timeout": 0.3})]
+    rewards = [mine("correct", "math_in_time")]
     with suite(*rewards, num_workers=1) as running:
         for sample_id, text in enumerate([rf"\boxed{{{TOWER}}}", r"\boxed{0.5}"]):
             running.submit(rollout(sample_id, text, answer=r"\frac{1}{2}"))
@@ -106,9 +100,8 @@ def test_an_overrun_within_the_suites_time_is_zero_and_no_fault():
     assert scores.report.events["correct"] == {"timeout": 1}
 
 
-def test_a_killed_reward_worker_takes_its_verifier_along():
-    rewards = [reward("correct", "math_correctness", args={"timeout": 100.0})]
-    with suite(*rewards, num_workers=1, sample_timeout_seconds=3.0) as running:
+def test_a_killed_reward_worker_takes_its_verifier_along(told: None):
+    with suite(mine("correct", "math_that_hangs"), num_workers=1) as running:
         for sample_id, text in enumerate([rf"\boxed{{{TOWER}}}", r"\boxed{0.5}"]):
             running.submit(rollout(sample_id, text, answer=r"\frac{1}{2}"))
         scores = running.collect()
@@ -143,7 +136,9 @@ def address() -> Iterator[str]:
 
 def test_a_reward_model_judges_groups(address: str):
     rewards = [
-        reward("model", "reward_model", args={"url": address}),
+        reward(
+            "model", "reward_model", args={"url": address, "timeout": 600, "request_timeout": 300}
+        ),
         reward("gone", "reward_model", args={"url": "http://127.0.0.1:9/", "num_retries": 0}),
     ]
     with suite(*rewards) as running:

@@ -33,6 +33,18 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a limit that a test sets is for something to reach."""
+    compare = MathVerifier.compare
+
+    def compare_patiently(self: MathVerifier, gold: str, answer: str, timeout: float) -> Any:
+        return compare(self, gold, answer, 600.0 if timeout == math.DEFAULT_TIMEOUT else timeout)
+
+    monkeypatch.setattr(MathVerifier, "compare", compare_patiently)
+    monkeypatch.setattr(math_verifier, "START_SECONDS", 600.0)
+
+
 @pytest.fixture
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking a worker is an error."""
@@ -202,9 +214,10 @@ def test_hostile_expressions_are_cut_off_and_delay_nobody():
             lambda text: math.judge(rf"\boxed{{{text}}}", "7/3", timeout=0.3), HOSTILE
         )
         # Meanwhile, in another thread: right, and not one behind the other.
-        assert math.correctness_reward(r"\boxed{0.25}", r"\frac{1}{4}") == 1.0
+        right = (r"\boxed{0.25}", r"\frac{1}{4}")
+        assert math.correctness_reward(*right, timeout=600.0) == 1.0
         assert list(judged) == ["timeout"] * len(HOSTILE)
-    assert math.correctness_reward(r"\boxed{0.25}", r"\frac{1}{4}") == 1.0
+    assert math.correctness_reward(*right, timeout=600.0) == 1.0
 
 
 def test_an_overrun_is_zero_and_counted_or_missing():
@@ -216,18 +229,26 @@ def test_an_overrun_is_zero_and_counted_or_missing():
     assert events == {"timeout": 2}
 
 
-def test_an_overrun_is_tried_twice_and_load_is_forgiven(script: Any, tmp_path: Path):
+def test_an_overrun_is_tried_twice_and_load_is_forgiven(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     # Too slow the first time only, as on a machine that was busy.
-    flag = tmp_path / "second"
-    slow_once = (
-        f"time.sleep(0 if os.path.exists({str(flag)!r}) else (open({str(flag)!r}, 'w'), 60)[1]);"
-        "say(equal=True)"
-    )
-    assert script(slow_once).compare("1", "x", timeout=0.3) == "equal"
     log = tmp_path / "log"
-    never = f"open({str(log)!r}, 'a').write('x'); time.sleep(60)"
-    assert script(never).compare("1", "x", timeout=0.3) == "timeout"
-    assert log.read_text() == "xx"
+    note = f"open({str(log)!r}, 'a').write('x'); say(ready=True)"
+    slow_once = f"time.sleep(600 if open({str(log)!r}).read() == 'x' else 0); say(equal=True)"
+    limits: list[float] = []
+    ask = math_verifier._Worker.ask
+
+    def ask_patiently(worker: Any, request: Any, seconds: float) -> Any:
+        limits.append(seconds)
+        return ask(worker, request, seconds if len(limits) == 1 else 600.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(math_verifier._Worker, "ask", ask_patiently)
+        assert script(slow_once, note).compare("1", "x", timeout=0.3) == "equal"
+    assert limits == [0.3, 0.3] and log.read_text() == "xx"
+    assert script("time.sleep(600)", note).compare("1", "x", timeout=0.3) == "timeout"
+    assert log.read_text() == "xxxx"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +263,7 @@ def test_an_overrun_is_tried_twice_and_load_is_forgiven(script: Any, tmp_path: P
 )
 def test_faults_of_the_verifier_are_no_scores(script: Any, body: str, start: str, message: str):
     with pytest.raises(VerifierError, match=message):
-        script(body, start).compare("1", "x", timeout=5.0)
+        script(body, start).compare("1", "x", timeout=600.0)
 
 
 def test_faults_make_the_row_invalid(script: Any, monkeypatch: pytest.MonkeyPatch):
@@ -267,10 +288,10 @@ def test_workers_are_confined(script: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("SECRET_TOKEN", "s3cret")
     verifier = script("say(error=str(os.environ.get('SECRET_TOKEN')))")
     with pytest.raises(VerifierError, match="verifier None"):
-        verifier.compare("1", "x", timeout=5.0)
+        verifier.compare("1", "x", timeout=600.0)
     monkeypatch.undo()
     real = MathVerifier()
-    assert real.compare("1", "x", timeout=5.0) == "different"
+    assert real.compare("1", "x", timeout=600.0) == "different"
     limits = Path(f"/proc/{real._idle[0].process.pid}/limits").read_text()
     assert str(3 * 1024**3) in next(line for line in limits.splitlines() if "address" in line)
     real.close()
@@ -278,11 +299,11 @@ def test_workers_are_confined(script: Any, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_worker_that_died_while_idle_is_replaced():
     verifier = MathVerifier()
-    assert verifier.compare("1/2", "0.5", timeout=5.0) == "equal"
+    assert verifier.compare("1/2", "0.5", timeout=600.0) == "equal"
     process = verifier._idle[0].process
     process.kill()
     process.wait()
-    assert verifier.compare("1/2", "0.5", timeout=5.0) == "equal"
+    assert verifier.compare("1/2", "0.5", timeout=600.0) == "equal"
     verifier.close()
     assert verifier._idle == []
 
@@ -292,7 +313,7 @@ def test_workers_are_replaced_after_many_comparisons(script: Any, monkeypatch: p
     verifier = script("say(equal=True)")
     pids: list[int] = []
     for _ in range(3):
-        verifier.compare("1", "x", timeout=5.0)
+        verifier.compare("1", "x", timeout=600.0)
         pids += [worker.process.pid for worker in verifier._idle]
     assert len(pids) == 2 and len(set(pids)) == 2
 
@@ -329,7 +350,7 @@ def test_workers_of_a_forked_daemonic_process_die_with_it(tmp_path: Path, doing:
         if doing == "compute":
             time.sleep(0.3)
         os.kill(child, signal.SIGKILL)
-        parent.wait(timeout=30)
+        parent.wait(timeout=120)
     try:
         wait_until(lambda: not is_running(worker), "the worker outlived its parent")
     finally:
@@ -349,7 +370,10 @@ def test_workers_of_a_forked_daemonic_process_die_with_it(tmp_path: Path, doing:
     ],
 )
 def test_bad_golds_are_refused(monkeypatch: pytest.MonkeyPatch, answer: str, reason: str):
-    monkeypatch.setattr(math, "DEFAULT_TIMEOUT", 0.3)
+    compare = MathVerifier.compare
+    monkeypatch.setattr(
+        MathVerifier, "compare", lambda self, a, b, timeout: compare(self, a, b, 0.3)
+    )
     with pytest.raises(ValueError, match=reason):
         math.validate_answer(answer)
 

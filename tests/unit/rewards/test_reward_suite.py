@@ -133,7 +133,9 @@ def test_async_rewards_wait_side_by_side():
 
 
 def test_so_many_async_calls_at_a_time_and_no_more():
-    scores = score(reward("side_by_side"), texts=["x"] * 10, max_concurrent_async=3)
+    scores = score(
+        reward("side_by_side", args={"num": 3}), texts=["x"] * 10, max_concurrent_async=3
+    )
     assert max(scores.values[:, 0].tolist()) == 3.0 and scores.valid.all()
 
 
