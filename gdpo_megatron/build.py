@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from gdpo_megatron.config.launch import LaunchConfig
 from gdpo_megatron.config.memory import MemoryConfig
 from gdpo_megatron.config.paths import resolve_path
 from gdpo_megatron.config.sandbox import SandboxConfig
@@ -175,6 +176,7 @@ def build_parts(
     precision: PrecisionConfig,
     memory: MemoryConfig,
     seed: int,
+    launch: LaunchConfig | None = None,
 ) -> Parts:
     """Join the ranks and read what describes the model; collective."""
     import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
@@ -184,7 +186,7 @@ def build_parts(
     tokenizer_path = resolve_path(base_dir, model.tokenizer_path) if model.tokenizer_path else files
     return Parts(
         platform=platform,
-        mesh=meshes.initialize(parallel, platform),
+        mesh=meshes.initialize(parallel, platform, launch),
         base_dir=base_dir,
         folder=folder,
         arch=load_architecture(files),

@@ -6,12 +6,17 @@ one; then all save and leave together.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # noted before anything is imported that takes long
     from gdpo_megatron.platform import Platform
+
+INTERRUPTED = 130
+"""Exit code of a job that was told to end, and has saved."""
 
 _noted = threading.Event()  # signals are the process's, so this is too
 
@@ -33,10 +38,17 @@ class Interrupt:
         self._platform = platform
 
     def agreed(self) -> bool:
-        """Whether any rank has been told to end; collective."""
+        """Whether any rank has been told to end; collective.
+
+        The launchers of all nodes get to know it, also those that were not told themselves.
+        """
         import torch
         import torch.distributed as dist
 
         flag = torch.tensor(float(_noted.is_set()), device=self._platform.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+        agreed = bool(flag.item())
+        beside = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if agreed and beside:
+            Path(beside).with_suffix(".interrupted").touch()
+        return agreed

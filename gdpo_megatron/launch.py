@@ -16,12 +16,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
+from gdpo_megatron.interrupt import INTERRUPTED
 from gdpo_megatron.processes import die_with_parent
 
-INTERRUPTED = 130
+if TYPE_CHECKING:  # torch takes seconds; --help has no use for it
+    from gdpo_megatron.platform.network import Way
+
+# c10d closes what is not complete within these; nodes of a queue come minutes apart.
+_MEETING = "join_timeout=900,read_timeout=900"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +52,15 @@ class LaunchOptions:
         return self.nproc * self.nnodes
 
 
-def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]:
+def torchrun_command(
+    options: LaunchOptions, worker: Sequence[str], way: Way | None = None
+) -> list[str]:
     """The command that starts this node's ranks.
 
     Args:
         options: ranks of the job.
         worker: arguments of gdpo_megatron.worker.
+        way: from this node to the first one; None leaves it to torch to find its own address.
     """
     command = [sys.executable, "-m", "gdpo_megatron.agent"]
     command += [f"--nproc-per-node={options.nproc}", f"--nnodes={options.nnodes}"]
@@ -59,7 +68,10 @@ def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]
         command += ["--standalone"]
     elif options.node_rank is None:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}"]
-        command += [f"--rdzv-id=gdpo-{options.rdzv_endpoint}"]
+        is_host = ",is_host=true" if way is not None and way.is_there else ""
+        command += [f"--rdzv-id=gdpo-{options.rdzv_endpoint}", f"--rdzv-conf={_MEETING}{is_host}"]
+        if way is not None:
+            command += [f"--local-addr={way.address}"]
     else:
         # c10d hands out ranks in the order of arrival, whatever --node-rank says.
         command += ["--rdzv-backend=static", f"--rdzv-endpoint={options.rdzv_endpoint}"]
@@ -67,12 +79,19 @@ def torchrun_command(options: LaunchOptions, worker: Sequence[str]) -> list[str]
     return [*command, "-m", "gdpo_megatron.worker", *worker]
 
 
-def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Environment of the workers; what the user set stays."""
-    from gdpo_megatron.platform import detect_platform  # torch takes seconds; --help has no use
+def environment(inherited: Mapping[str, str], way: Way | None = None) -> dict[str, str]:
+    """Environment of the workers; what the user set stays.
 
+    Args:
+        inherited: of this process.
+        way: from this node to the first one of several.
+    """
+    from gdpo_megatron.platform import detect_platform
+
+    on_way = {} if way is None else way.environment
     # Tokenizers used before a fork would warn in every child of theirs.
-    return {"TOKENIZERS_PARALLELISM": "false", **detect_platform().environment, **inherited}
+    platform = detect_platform().environment
+    return {"TOKENIZERS_PARALLELISM": "false", **platform, **on_way, **inherited}
 
 
 def run(options: LaunchOptions, worker: Sequence[str], *, unit: str) -> int:
@@ -86,11 +105,16 @@ def run(options: LaunchOptions, worker: Sequence[str], *, unit: str) -> int:
     Returns:
         Exit code: 0 done, 130 interrupted (and saved), otherwise a rank failed.
     """
+    from gdpo_megatron.platform.network import way_to
+
+    endpoint = options.rdzv_endpoint if options.nnodes > 1 else None
+    way = None if endpoint is None else way_to(endpoint)
+    this = os.getpid()
     process = subprocess.Popen(
-        torchrun_command(options, worker),
-        env=environment(os.environ),
+        torchrun_command(options, worker, way),
+        env=environment(os.environ, way),
         start_new_session=True,
-        preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+        preexec_fn=lambda: die_with_parent(signal.SIGTERM, this),
     )
     interrupts = 0
     told: set[int] = set()

@@ -7,16 +7,26 @@ import os
 import signal
 from pathlib import Path
 
+LAUNCHER = "GDPO_LAUNCHER_PID"
+"""Environment variable of a rank: the process that has started it."""
+
 _PR_SET_PDEATHSIG = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def die_with_parent(number: signal.Signals) -> None:
+def die_with_parent(number: signal.Signals, parent: int | None = None) -> None:
     """Let the kernel send this process a signal when its parent ends, however it ends.
 
     The parent is the thread that started this process, not its whole process.
+
+    Args:
+        number: of the signal.
+        parent: its process id, where that is known: if it has ended before this call, the signal
+            is sent now.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def resident_bytes(process: int | str) -> int:

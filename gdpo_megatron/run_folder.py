@@ -35,8 +35,8 @@ def record_config(config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
     escape_layer(data)
     changes: list[str] = []
     if path.is_file():
-        before = dict(_leaves(yaml_text.parse(path.read_text())[0]))
-        after = dict(_leaves(data))
+        before = dict(leaves(yaml_text.parse(path.read_text())[0]))
+        after = dict(leaves(data))
         changes = [
             f"changed since this run was started: {key}: {before.get(key)} -> {after.get(key)}"
             for key in sorted(before.keys() | after.keys())
@@ -47,9 +47,10 @@ def record_config(config: RLConfig | SFTConfig, base_dir: Path) -> list[str]:
     return changes
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what is at the ends of nested mappings."""
     if isinstance(value, Mapping) and value:
         for key, below in value.items():
-            yield from _leaves(below, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(below, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value

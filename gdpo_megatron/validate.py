@@ -24,7 +24,6 @@ from gdpo_megatron.data.prompts import SFTRow, load_prompts, load_sft_rows
 from gdpo_megatron.data.rows import DataRow, read_rows
 from gdpo_megatron.data.schema import REWARDS_KEY
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from gdpo_megatron.distributed.mesh import COLLECTIVE_TIMEOUT
 from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.evaluation.loaded import LoadedSet
 from gdpo_megatron.platform.megatron_versions import megatron_version
@@ -246,12 +245,13 @@ def _engine(
         engines.get(rollout.engine, base_dir)
     except InputError as error:
         problems += [f"rollout.engine: {problem}" for problem in error.problems]
-    longest = COLLECTIVE_TIMEOUT.total_seconds() - 2 * GRACE_SECONDS
+    waited = config.launch.collective_timeout_seconds
+    longest = waited - 2 * GRACE_SECONDS
     if rollout.stall_timeout_seconds > longest:
         problems.append(
             f"rollout.stall_timeout_seconds is {rollout.stall_timeout_seconds:g}, but the other "
-            f"ranks wait for an engine for {COLLECTIVE_TIMEOUT.total_seconds():g} s only; take "
-            f"{longest:g} or less"
+            f"ranks wait for an engine for {waited:g} s only (launch.collective_timeout_seconds); "
+            f"take {longest:g} or less, or let them wait longer"
         )
     if rollout.vllm is not None and rollout.engine != "vllm":
         problems.append(

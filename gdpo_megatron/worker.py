@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdpo_megatron.interrupt import note_signals
+from gdpo_megatron.processes import LAUNCHER, die_with_parent
 
 if TYPE_CHECKING:
     from gdpo_megatron.config.schema import RLConfig, SFTConfig
@@ -53,12 +54,13 @@ def main(arguments: list[str]) -> None:
     job, config_path, *overrides = arguments
     note_signals()
 
+    launcher = os.environ.get(LAUNCHER)
+    die_with_parent(signal.SIGKILL, int(launcher) if launcher else None)
+
     from gdpo_megatron.config.loader import load_config
     from gdpo_megatron.config.schema import RLConfig, SFTConfig
     from gdpo_megatron.platform import detect_platform
-    from gdpo_megatron.processes import die_with_parent
 
-    die_with_parent(signal.SIGKILL)
     # The launcher has told of rows that are left out, once and not on every rank.
     logging.getLogger("gdpo_megatron.data").setLevel(logging.ERROR)
     leave_out_warnings()
@@ -71,7 +73,16 @@ def main(arguments: list[str]) -> None:
     import torch.distributed as dist
 
     from gdpo_megatron.build import build_parts
+    from gdpo_megatron.distributed.mesh import join
 
+    join(platform, config.launch)
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and config.launch.health_check:
+        from gdpo_megatron.nodes.network import check_ranks, state_bytes
+
+        needed = state_bytes(job, config, base_dir, dist.get_world_size())
+        report = check_ranks(platform, config.launch, needed)
+        if dist.get_rank() == 0:
+            print(*report, sep="\n", flush=True)
     parts = build_parts(
         platform,
         base_dir,
@@ -80,6 +91,7 @@ def main(arguments: list[str]) -> None:
         precision=config.precision,
         memory=config.memory,
         seed=config.seed,
+        launch=config.launch,
     )
     JOBS[job](config, base_dir, parts)
     # Leaving while a peer still talks would look like a crash to it.
@@ -88,13 +100,22 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from gdpo_megatron.errors import InputError
+    import faulthandler
 
+    from gdpo_megatron.errors import InputError
+    from gdpo_megatron.nodes.failures import SAID, record
+
+    faulthandler.enable()
     try:
         main(sys.argv[1:])
     except InputError as error:
         # What only a worker can see, such as a checkpoint that does not fit: no traceback either.
-        if os.environ.get("RANK", "0") == "0":
+        if not record(error, error.problems) and os.environ.get("RANK", "0") == "0":
             for problem in error.problems:
                 print(f"gdpo-megatron: {problem}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(SAID)
+    except Exception as error:
+        # The launcher shows it, and that of the rank that failed first before the others.
+        if not record(error):
+            raise
+        sys.exit(1)

@@ -14,6 +14,7 @@ from gdpo_megatron.config.dynamic_sampling import DynamicSamplingConfig
 from gdpo_megatron.config.environment import EnvironmentConfig
 from gdpo_megatron.config.evaluation import EvalConfig
 from gdpo_megatron.config.fp8 import Fp8Config
+from gdpo_megatron.config.launch import LaunchConfig
 from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
@@ -326,6 +327,7 @@ class RLConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
 @section
 class SFTConfig:
@@ -347,3 +349,4 @@ class SFTConfig:
     train: SFTTrainConfig = field(default_factory=SFTTrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -20,6 +20,7 @@ import pytest
 
 from gdpo_megatron import launch
 from gdpo_megatron.launch import LaunchOptions, environment, run, torchrun_command
+from gdpo_megatron.platform.network import Way, way_to
 
 SECONDS = 30  # until a process that should be there, or gone, is given up
 
@@ -59,8 +60,15 @@ def test_nodes_without_a_number_get_ranks_as_they_come():
     assert torchrun_command(options, ["sft", "c.yaml"]) == [
         *(sys.executable, "-m", "gdpo_megatron.agent", "--nproc-per-node=1", "--nnodes=2"),
         *("--rdzv-backend=c10d", "--rdzv-endpoint=node0:29500", "--rdzv-id=gdpo-node0:29500"),
+        "--rdzv-conf=join_timeout=900,read_timeout=900",
         *("-m", "gdpo_megatron.worker", "sft", "c.yaml"),
     ]
+    # What this node is called by others, and whether it is where they meet, as its network says.
+    there = torchrun_command(options, [], Way("10.0.0.1", "eth0", is_there=True))
+    assert "--local-addr=10.0.0.1" in there
+    assert "--rdzv-conf=join_timeout=900,read_timeout=900,is_host=true" in there
+    elsewhere = torchrun_command(options, [], Way("10.0.0.2", "eth0", is_there=False))
+    assert "--local-addr=10.0.0.2" in elsewhere and not any("is_host" in it for it in elsewhere)
 
 
 def test_what_the_user_set_stays_in_the_environment():
@@ -69,6 +77,19 @@ def test_what_the_user_set_stays_in_the_environment():
     assert fresh["OMP_NUM_THREADS"] == "1"
     given = {"OMP_NUM_THREADS": "7", "TOKENIZERS_PARALLELISM": "true"}
     assert environment(given).items() >= given.items()
+    way = Way("10.0.0.2", "eth7", is_there=False)
+    assert environment({}, way)["GLOO_SOCKET_IFNAME"] == "eth7"
+    assert environment({"GLOO_SOCKET_IFNAME": "ib0"}, way)["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_the_way_to_a_node_is_the_kernels():
+    way = way_to("127.0.0.1:29500")
+    assert way is not None
+    # Each machine is the loopback's other end: that says nothing about where the nodes meet.
+    assert (way.address, way.is_there) == ("127.0.0.1", False)
+    assert "127.0.0.1" in {it.address for it in psutil.net_if_addrs()[way.interface]}
+    assert way_to("no.such.host.invalid:29500") is None
+    assert way_to("127.0.0.1:port") is None
 
 
 # ---- ending --------------------------------------------------------------------------------------
@@ -109,7 +130,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "worker.py").write_text(WORKER)
     (tmp_path / "torchrun.py").write_text(TORCHRUN)
 
-    def command(options: LaunchOptions, worker: list[str]) -> list[str]:
+    def command(options: LaunchOptions, worker: list[str], way: object) -> list[str]:
         return [sys.executable, str(tmp_path / "torchrun.py"), str(tmp_path), *worker]
 
     monkeypatch.setattr(launch, "torchrun_command", command)
@@ -165,7 +186,7 @@ def assert_gone(processes: list[psutil.Process]) -> None:
 @pytest.mark.parametrize("code", [0, 1, 3])
 def test_the_exit_code_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPatch, code: int):
     command = [sys.executable, "-c", f"raise SystemExit({code})"]
-    monkeypatch.setattr(launch, "torchrun_command", lambda options, worker: command)
+    monkeypatch.setattr(launch, "torchrun_command", lambda options, worker, way: command)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     assert run(LaunchOptions(), [], unit="step") == code
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -173,7 +194,7 @@ def test_the_exit_code_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPatch, cod
 
 def test_ended_by_a_signal_is_told_as_a_shell_does(monkeypatch: pytest.MonkeyPatch):
     command = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr(launch, "torchrun_command", lambda options, worker: command)
+    monkeypatch.setattr(launch, "torchrun_command", lambda options, worker, way: command)
     assert run(LaunchOptions(), [], unit="step") == 137
 
 
@@ -246,7 +267,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from gdpo_megatron import launch
 torchrun = [sys.executable, {str(stand_in / "torchrun.py")!r}, {str(stand_in)!r}, "0"]
-launch.torchrun_command = lambda options, worker: torchrun
+launch.torchrun_command = lambda options, worker, way: torchrun
 launch.run(launch.LaunchOptions(), [], unit="step")
 """
     with subprocess.Popen([sys.executable, "-c", launcher]) as process:

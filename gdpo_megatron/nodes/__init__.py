@@ -1,0 +1,1 @@
+"""What the nodes of a job do beside training: meet, compare notes, watch one another, report."""
