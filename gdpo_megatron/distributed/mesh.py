@@ -17,11 +17,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from gdpo_megatron.config.launch import LaunchConfig
 from gdpo_megatron.config.schema import ParallelConfig
 from gdpo_megatron.platform import Platform
-
-# A rank that dies takes its peers along within this time instead of leaving them waiting.
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +83,29 @@ class EngineMesh:
         return replica * self.tp_size
 
 
-def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
-    """Join the process group that torchrun describes and build Megatron's groups.
+def join(platform: Platform, launch: LaunchConfig) -> None:
+    """Choose this rank's device and join the process group that torchrun describes; collective."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    platform.setup(local_rank)
+    timeout = datetime.timedelta(seconds=launch.collective_timeout_seconds)
+    dist.init_process_group(platform.backend, timeout=timeout)
 
-    The caller has called `platform.prepare_megatron()`.
+
+def initialize(
+    parallel: ParallelConfig, platform: Platform, launch: LaunchConfig | None = None
+) -> Mesh:
+    """Build Megatron's groups, over the process group that torchrun describes; collective.
+
+    The caller has called `platform.prepare_megatron()`; where it has not called `join`, this does.
+
+    Args:
+        parallel: the layout.
+        platform: the machine.
+        launch: how long ranks wait for one another; None takes its defaults.
     """
+    launch = launch or LaunchConfig()
     if not dist.is_initialized():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        platform.setup(local_rank)
-        dist.init_process_group(platform.backend, timeout=COLLECTIVE_TIMEOUT)
+        join(platform, launch)
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -109,6 +121,7 @@ def initialize(parallel: ParallelConfig, platform: Platform) -> Mesh:
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+            distributed_timeout_minutes=launch.collective_timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
         )
         # Megatron wants its tracker seeded; we have no dropout, so nothing is drawn from it.
         model_parallel_cuda_manual_seed(0)
