@@ -109,6 +109,11 @@ class GDPOTrainer:
             else:
                 self.reference = parts.frozen_model(config.train.packing)
         self.parity = ParityGate(config.precision.fp8, self.policy, self.reference)
+        self.stall = StallLimit(
+            seconds=rollout.stall_timeout_seconds,
+            folder=self.run_dir,
+            goes_on=lambda: goes_on_from(self.checkpoints.steps()),
+        )
         self.weight_sync = WeightSync(
             config.weight_sync,
             self.policy,
@@ -125,11 +130,7 @@ class GDPOTrainer:
                 seed=config.seed,
                 tolerance=tolerance_of(config.weight_sync.canary, config.precision.params_dtype),
             ),
-        )
-        self.stall = StallLimit(
-            seconds=rollout.stall_timeout_seconds,
-            folder=self.run_dir,
-            goes_on=lambda: goes_on_from(self.checkpoints.steps()),
+            self.stall,
         )
         self.collector = RolloutCollector(
             config,
@@ -237,9 +238,9 @@ class GDPOTrainer:
         with self._phase("rollout"):
             try:
                 collected = self.collector.collect(self.step, self.advantage_config, self.display)
+                self.weight_sync.release()
             except EngineFailure as error:
                 raise self._undone(error, before) from None
-            self.engine.sleep()
         batch, values = collected.batch, collected.metrics
         try:
             batch.check_invalid(self.config.reward_suite.max_invalid_fraction)
@@ -263,7 +264,6 @@ class GDPOTrainer:
 
     def _sync(self) -> SyncReport:
         """Give the engine the policy's weights, and prove it."""
-        self.engine.wake()
         try:
             return self.weight_sync.run(self.policy_version)
         except SyncFault as error:
@@ -418,7 +418,7 @@ class GDPOTrainer:
                 goes_on=False,
                 on_progress=self.display.progress,
             )
-            self.engine.sleep()
+            self.weight_sync.release()
         return result
 
     def _save(self) -> None:

@@ -19,7 +19,7 @@ from gdpo_megatron.evaluation.loaded import evaluation_folder, label_of
 from gdpo_megatron.evaluation.report import as_table
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.progress import ProgressDisplay
-from gdpo_megatron.rollout.stall import StallLimit
+from gdpo_megatron.rollout.stall import StallLimit, StallWatch
 
 
 class DigestedWeights:
@@ -69,9 +69,12 @@ def run_eval(config: RLConfig, base_dir: Path, parts: Parts) -> bool:
         ProgressDisplay(evaluator.num_chunks, 0, title, unit="chunk", enabled=leads) as display,
     ):
         display.phase("load")
-        engine.wake()
         weights = DigestedWeights(parts)
-        engine.load_weights(iter(weights), 0)
+        with StallWatch(engine, stall, parts.mesh.rank) as watch:
+            with watch.call("no progress of wake"):
+                engine.wake()
+            with watch.call("no progress of load_weights"):
+                engine.load_weights(watch.outside(iter(weights)), 0)
 
         def on_chunk(name: str, number: int) -> None:
             display.phase(name)

@@ -2,6 +2,7 @@
 
 A rank whose engine raises goes to the collective that ends every generation, where the others come
 when they are done. So nobody waits for a rank that is gone, and all raise the same `EngineFailure`.
+A sync does likewise (weight_sync/proof.py).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate mem
 
 
 class EngineStalled(RuntimeError):
-    """An engine has drawn no token for longer than `rollout.stall_timeout_seconds`."""
+    """An engine has made no progress for longer than `rollout.stall_timeout_seconds`."""
 
 
 class EngineFailure(InputError):
-    """Engines that failed in a generation; equal on all ranks. Their state is unknown."""
+    """Engines that failed; equal on all ranks. Their state is unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,16 +37,14 @@ class FailureReport:
         replica: its engine.
         num_unfinished: requests that the engine had not returned.
         num_submitted: requests that it was given.
-        error: type and text of the exception.
-        advice: what to try.
+        reason: see `reason_of`.
     """
 
     rank: int
     replica: int
     num_unfinished: int
     num_submitted: int
-    error: str
-    advice: str
+    reason: str
 
     @classmethod
     def of(
@@ -63,12 +62,9 @@ class FailureReport:
             replica=replica,
             num_unfinished=num_submitted - num_returned,
             num_submitted=num_submitted,
-            error=f"{type(error).__name__}: {error}".strip().removesuffix(":"),
-            advice=_advice(error),
+            reason=reason_of(error),
         )
-        trace = "".join(traceback.format_exception(error))
-        # At once: where ranks share the engine, its partners may never come to hear of it.
-        print(f"{report.told()}\n{trace}", file=sys.stderr, flush=True)
+        tell(report.told(), error)
         return report
 
     def as_json(self) -> dict[str, Any]:
@@ -79,13 +75,28 @@ class FailureReport:
         """One line for a person."""
         return (
             f"rollout engine {self.replica} failed on rank {self.rank} with {self.num_unfinished} "
-            f"of {self.num_submitted} completions unfinished: {self.error}; {self.advice}"
+            f"of {self.num_submitted} completions unfinished: {self.reason}"
         )
 
 
 def engine_failure(reports: Iterable[dict[str, Any]]) -> EngineFailure:
     """The error that all ranks raise, from the reports of those that failed."""
     return EngineFailure([FailureReport(**report).told() for report in reports])
+
+
+def reason_of(error: Exception) -> str:
+    """Type and text of an engine's exception, and what to try, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}".removesuffix(": ") + f"; {_advice(error)}"
+
+
+def tell(what: str, error: Exception) -> None:
+    """Print an engine's exception where it happens.
+
+    At once: where ranks share the engine, its partners may never come to hear of it.
+    """
+    trace = "".join(traceback.format_exception(error))
+    print(f"{what}\n{trace}", file=sys.stderr, flush=True)
 
 
 def _advice(error: Exception) -> str:

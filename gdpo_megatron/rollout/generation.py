@@ -21,7 +21,7 @@ from gdpo_megatron.rollout.base import (
 from gdpo_megatron.rollout.episodes import Episodes
 from gdpo_megatron.rollout.failure import FailureReport
 from gdpo_megatron.rollout.long_tail import CarriedCompletion, GroupRequest, TailCut
-from gdpo_megatron.rollout.stall import StallLimit, StallWatch
+from gdpo_megatron.rollout.stall import NO_TOKEN, StallLimit, StallWatch
 from gdpo_megatron.types import Completion, Rollout
 
 _NOTHING = CarriedCompletion(
@@ -109,16 +109,16 @@ class Generation:
         requests, engine = list(self._requests.values()), self._engine
         with StallWatch(engine, stall, rank) as watch:
             try:
-                with watch.call():
+                with watch.call(NO_TOKEN):
                     engine.submit(requests, sampling)
                 while not self._tail.is_enough():
                     if engine.num_unfinished:
                         self._poll(watch)
                     further = self._take_answers(wait=not engine.num_unfinished)
                     if further:
-                        with watch.call():
+                        with watch.call(NO_TOKEN):
                             engine.submit(further, sampling)
-                with watch.call():
+                with watch.call(NO_TOKEN):
                     engine.abort(list(self._requests))
                 while engine.num_unfinished:
                     self._poll(watch)
@@ -168,7 +168,7 @@ class Generation:
         return g - self._first, index
 
     def _poll(self, watch: StallWatch) -> None:
-        with watch.call():
+        with watch.call(NO_TOKEN):
             results = self._engine.poll()
         if not results:
             left = len(self._requests)

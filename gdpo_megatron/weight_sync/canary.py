@@ -24,6 +24,7 @@ from gdpo_megatron.data.micro_batching import MicroBatching
 from gdpo_megatron.distributed.exchange import exchange_tokens, gather_by_sample
 from gdpo_megatron.distributed.mesh import EngineMesh
 from gdpo_megatron.rollout.base import (
+    FinishedCompletion,
     RolloutEngine,
     RolloutRequest,
     SamplingParams,
@@ -143,10 +144,13 @@ class Canary:
             for i, (_, token_ids) in enumerate(self._prompts)
         ]
 
-    def run(self) -> CanaryResult:
-        """Compare; collective over all ranks. The engine has the policy's weights."""
+    def complete(self) -> list[FinishedCompletion]:
+        """What this rank's engine, which has the policy's weights, makes of the prompts."""
+        return generate(self._engine, self._requests, self._sampling)
+
+    def compare(self, finished: Sequence[FinishedCompletion]) -> CanaryResult:
+        """Lay what every engine has completed beside the policy; collective over all ranks."""
         mesh, number = self._policy.mesh, len(self._prompts)
-        finished = generate(self._engine, self._requests, self._sampling)
         # Sample r * number + i is prompt i, completed by engine replica r.
         first = self._engines.replica * number
         own = {}

@@ -13,12 +13,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from gdpo_megatron.config.weight_sync import WeightSyncConfig
 from gdpo_megatron.conversion.mapping import hf_shapes
-from gdpo_megatron.rollout.base import ReadableEngine, RolloutEngine
+from gdpo_megatron.rollout.base import FinishedCompletion, ReadableEngine, RolloutEngine
+from gdpo_megatron.rollout.failure import EngineFailure
+from gdpo_megatron.rollout.stall import StallLimit, StallWatch
 from gdpo_megatron.weight_sync.canary import Canary, CanaryResult
 from gdpo_megatron.weight_sync.checksum import policy_sums, tensor_sums
-from gdpo_megatron.weight_sync.proof import Delivery, Finding, agree, replica_findings
+from gdpo_megatron.weight_sync.proof import (
+    Delivery,
+    Finding,
+    agree,
+    engine_finding,
+    found_anywhere,
+    replica_findings,
+)
 
 if TYPE_CHECKING:  # which needs Megatron
     from gdpo_megatron.policy.model import MegatronModel
@@ -72,6 +83,7 @@ class WeightSync:
         policy: the trainer's model.
         engine: this rank's engine.
         canary: what is asked of both afterwards; None asks nothing.
+        stall: when a call of the engine counts as stalled; not given, never.
     """
 
     def __init__(
@@ -80,39 +92,48 @@ class WeightSync:
         policy: MegatronModel,
         engine: RolloutEngine,
         canary: Canary | None = None,
+        stall: StallLimit | None = None,
     ):
         self._config, self._policy, self._engine = config, policy, engine
-        self._canary = canary
+        self._canary, self.stall = canary, stall
         self._num_syncs = 0
 
     def run(self, policy_version: int) -> SyncReport:
-        """Give the engine, which is awake, the policy's weights; collective over all ranks.
+        """Wake the engine and give it the policy's weights; collective over all ranks.
 
         Raises:
-            SyncFault: a check failed, on any rank; raised on all. The engine is not to be used.
+            SyncFault: a check failed, or a call of the engine did, on any rank; raised on all. The
+                engine is not to be used.
         """
         policy, engine, config = self._policy, self._engine, self._config
         shapes, dtype = hf_shapes(policy.arch), policy.config.params_dtype
         device, seconds = policy.platform.device, dict[str, float]()
-        sums = expected = None
+        sums = expected = result = None
         findings: list[Finding] = []
-        if self._due(config.checksum_interval):
-            with self._timed("checksum", seconds):
-                sums = tensor_sums(policy, dtype)
-                expected = policy_sums(policy, sums)
-                findings += replica_findings(expected, sums)
+        with StallWatch(engine, self.stall, dist.get_rank()) as watch:
+            with _call("wake", watch, findings):
+                engine.wake()
+            if self._due(config.checksum_interval):
+                with self._timed("checksum", seconds):
+                    sums = tensor_sums(policy, dtype)
+                    expected = policy_sums(policy, sums)
+                    findings += replica_findings(expected, sums)
             agree(findings, policy_version, device)
-        delivery, num_resident = Delivery(shapes, dtype, sums, expected), 0
-        delivery.deliver(engine, policy.hf_tensors(config.bucket_mb * 2**20), policy_version)
-        if sums is not None and not delivery.findings and isinstance(engine, ReadableEngine):
-            with self._timed("resident", seconds):
-                num_resident = delivery.look_at_resident(engine.resident_tensors())
-        agree(delivery.findings, policy_version, device)
-        result = None
-        if self._canary is not None and self._due(config.canary.interval):
-            with self._timed("canary", seconds):
-                result = self._canary.run()
-            agree(result.findings(self._canary.tolerance), policy_version, device)
+            delivery, num_resident = Delivery(shapes, dtype, sums, expected), 0
+            tensors = policy.hf_tensors(config.bucket_mb * 2**20)
+            delivery.deliver(engine, tensors, policy_version, watch)
+            findings = delivery.findings
+            if sums is not None and not findings and isinstance(engine, ReadableEngine):
+                with (
+                    self._timed("resident", seconds),
+                    _call("resident_tensors", watch, findings),
+                ):
+                    held = watch.counted(engine.resident_tensors())
+                    num_resident = delivery.look_at_resident(held)
+            agree(findings, policy_version, device)
+            if self._canary is not None and self._due(config.canary.interval):
+                with self._timed("canary", seconds):
+                    result = self._asked(self._canary, policy_version, watch)
         self._num_syncs += 1
         return SyncReport(
             policy_version=policy_version,
@@ -123,6 +144,34 @@ class WeightSync:
             canary=result,
             seconds=seconds,
         )
+
+    def release(self) -> None:
+        """Let the engine give its memory back until the next sync; collective over all ranks.
+
+        Raises:
+            EngineFailure: it failed on any rank; raised on all.
+        """
+        findings: list[Finding] = []
+        with (
+            StallWatch(self._engine, self.stall, dist.get_rank()) as watch,
+            _call("sleep", watch, findings),
+        ):
+            self._engine.sleep()
+        found = found_anywhere(findings, self._policy.platform.device)
+        if found:
+            raise EngineFailure([f"after the rollouts, {it.text}" for it in found])
+
+    def _asked(self, canary: Canary, policy_version: int, watch: StallWatch) -> CanaryResult:
+        """What the canary says of the weights that are there now."""
+        findings: list[Finding] = []
+        finished: list[FinishedCompletion] = []
+        with _call("the canary", watch, findings):
+            finished = canary.complete()
+        device = self._policy.platform.device
+        agree(findings, policy_version, device)
+        result = canary.compare(finished)
+        agree(result.findings(canary.tolerance), policy_version, device)
+        return result
 
     def _due(self, interval: int) -> bool:
         number = self._num_syncs
@@ -136,3 +185,13 @@ class WeightSync:
         yield
         synchronize()
         seconds[name] = time.perf_counter() - began
+
+
+@contextmanager
+def _call(name: str, watch: StallWatch, findings: list[Finding]) -> Iterator[None]:
+    """Around a call of the engine: what it raises, or that it hangs, is a finding."""
+    try:
+        with watch.call(f"no progress of {name}"):
+            yield
+    except Exception as error:
+        findings.append(engine_finding(error, name))

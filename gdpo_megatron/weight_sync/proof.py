@@ -5,7 +5,7 @@
 | completeness | a name that is missing, doubled, unknown or out of order; shape, dtype | always   |
 | finite       | NaN and infinities, by name                                            | always   |
 | version      | an engine that took nothing, or has another version afterwards         | always   |
-| engine       | what the engine itself refuses                                         | always   |
+| engine       | an engine that refuses the weights, fails or hangs in any of its calls | always   |
 | replicas     | data-parallel replicas of the policy that differ                       | checksum |
 | checksum     | a tensor that is not the policy's, between its shards and the engine   | checksum |
 | resident     | a tensor that the engine holds and that is not the policy's            | checksum |
@@ -28,6 +28,8 @@ from torch import Tensor
 from gdpo_megatron.distributed.exchange import gather_texts
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.rollout.base import RolloutEngine
+from gdpo_megatron.rollout.failure import reason_of, tell
+from gdpo_megatron.rollout.stall import StallWatch
 from gdpo_megatron.weight_sync.checksum import TensorSum
 
 Check = Literal[
@@ -63,6 +65,13 @@ class Finding:
     text: str
 
 
+def engine_finding(error: Exception, call: str) -> Finding:
+    """What a call of the engine raised; its traceback is printed."""
+    finding = Finding("engine", f"the engine failed in {call}: {reason_of(error)}")
+    tell(f"rank {torch.distributed.get_rank()}: {finding.text}", error)
+    return finding
+
+
 class _Refused(RuntimeError):
     """Ends a stream that the engine must not take."""
 
@@ -92,25 +101,28 @@ class Delivery:
         self.is_complete = False
 
     def deliver(
-        self, engine: RolloutEngine, tensors: Iterable[tuple[str, Tensor]], version: int
+        self,
+        engine: RolloutEngine,
+        tensors: Iterable[tuple[str, Tensor]],
+        version: int,
+        watch: StallWatch,
     ) -> None:
         """Give an engine the tensors; what is found is in `findings`.
 
         The tensors are drawn to their end in any case: other ranks take part in making them.
 
         Raises:
-            Exception: the policy's side failed, or the engine in a way that its protocol has not.
+            Exception: the policy's side failed.
         """
         source = self._own_failure(iter(tensors))
         try:
-            engine.load_weights(self._checked(source), version)
+            with watch.call("no progress of load_weights"):
+                engine.load_weights(self._checked(watch.outside(source)), version)
         except Exception as error:
-            # What was refused here may come back in another wrapping.
-            if self._source_failed or not (self.findings or isinstance(error, RuntimeError)):
+            if self._source_failed:
                 raise
-            if not self.findings:
-                text = " ".join(str(error).split())
-                self._found("engine", f"the engine refused the weights: {text}")
+            if not self.findings:  # what was refused here may come back in another wrapping
+                self.findings.append(engine_finding(error, "load_weights"))
         for _ in source:
             pass
         if self.findings:
@@ -216,19 +228,24 @@ def agree(findings: Sequence[Finding], version: int, device: torch.device) -> No
     Raises:
         SyncFault: of what all ranks have found, the same lines once.
     """
+    found = found_anywhere(findings, device)
+    if found:
+        lines = [f"weight sync of version {version}, {it.text}" for it in found]
+        raise SyncFault({it.check for it in found}, lines)
+
+
+def found_anywhere(findings: Sequence[Finding], device: torch.device) -> list[Finding]:
+    """What all ranks have found, with the ranks; collective, and equal on all."""
     own = json.dumps([[it.check, it.text] for it in findings])
     ranks = [json.loads(text) for text in gather_texts(own, device)]
     who: dict[tuple[Check, str], list[int]] = {}
     for rank, them in enumerate(ranks):
         for check, text in them:
             who.setdefault((check, text), []).append(rank)
-    if not who:
-        return
-    lines = [
-        f"weight sync of version {version}, {check} (rank {', '.join(map(str, of_ranks))}): {text}"
+    return [
+        Finding(check, f"{check} (rank {', '.join(map(str, of_ranks))}): {text}")
         for (check, text), of_ranks in who.items()
     ]
-    raise SyncFault({check for check, _ in who}, lines)
 
 
 def replica_findings(sums: Tensor, names: Iterable[str]) -> list[Finding]:

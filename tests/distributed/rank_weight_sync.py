@@ -16,6 +16,7 @@ from rank_layouts import in_layout, platform  # prepares Megatron  # isort: skip
 
 import torch
 import torch.distributed as dist
+from support.failing_engine import FailingEngine, unlimited
 from support.sabotage import OF_ENGINE, SABOTAGES, Sabotage
 
 import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
@@ -28,6 +29,7 @@ from gdpo_megatron.data.tokenizer import load_tokenizer
 from gdpo_megatron.distributed import mesh as meshes
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
 from gdpo_megatron.rollout.base import EngineSetup, engines
+from gdpo_megatron.rollout.failure import EngineFailure
 from gdpo_megatron.types import Prompt
 from gdpo_megatron.weight_sync import Canary, SyncFault, WeightSync, tolerance_of
 
@@ -40,9 +42,10 @@ def run(
     layouts: dict[str, dict[str, Any]],
     dtypes: list[str],
     others: list[tuple[str, str, dict[str, Any]]],
+    failing: dict[str, list[tuple[str, str]]],
     max_length: int = 64,
 ) -> dict[str, Any]:
-    """All sabotages in all layouts, with and without checksums.
+    """All sabotages in all layouts, with and without checksums; engines that fail.
 
     Args:
         folder: of the model, with a tokenizer.
@@ -50,6 +53,7 @@ def run(
         layouts: arguments of `in_layout`, by name.
         dtypes: of the policy, by which the syncs that are right are repeated.
         others: (name, folder, layout) of models and layouts for syncs that are right.
+        failing: for a layout, (call, kind) of the failures of the second rank's engine.
         max_length: of prompt and completion.
     """
     results: dict[str, Any] = {}
@@ -67,6 +71,8 @@ def run(
                     for case, sabotage in (SABOTAGES | OF_ENGINE.get(engine, {})).items():
                         if sabotage.layouts is None or name in sabotage.layouts:
                             results[f"{name} {case}"] = job.spoilt(sabotage)
+                    for call, kind in failing.get(name, []):
+                        results[f"{name} {call} {kind}"] = job.failed(call, kind)
                 job.close()
     return results
 
@@ -180,6 +186,29 @@ class Job:
             self.engine.sleep()
             self.restore()
         return found
+
+    def failed(self, call: str, kind: str) -> dict[str, Any]:
+        """What is said when a call of one engine fails, and the canary of a sync after that."""
+        engine, limit = self.engine, unlimited()
+        if dist.get_rank() == 1:
+            engine = FailingEngine(self.engine, call, kind, limit)
+        sync = self.sync(engine)
+        sync.stall = limit
+        lines: list[str] = []
+        try:
+            sync.run(1)
+            sync.release()
+        except (SyncFault, EngineFailure) as error:
+            lines = error.problems
+        self.engine.abort(range(len(self.prompts)))
+        while self.engine.num_unfinished:
+            self.engine.poll()
+        after = self.sync(self.engine)
+        self.change()
+        difference = after.run(2).metrics()["weight_sync/canary_max_logprob_diff"]
+        after.release()
+        self.restore()
+        return {"lines": lines, "difference": difference}
 
 
 def buckets(cases: dict[str, tuple[str, dict[str, Any]]], sizes: list[int]) -> dict[str, Any]:

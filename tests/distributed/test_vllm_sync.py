@@ -149,6 +149,7 @@ def test_sabotage_is_seen(models: Path, tmp_path: Path):
         layouts=layouts,
         dtypes=["float32"],
         others=[],
+        failing={"tp2": [("load_weights", "hangs"), ("the canary", "hangs")]},
         max_length=192,
         timeout=600.0,
     )
@@ -162,6 +163,10 @@ def test_sabotage_is_seen(models: Path, tmp_path: Path):
             assert first["all"]["checks"] == [sabotage.seen_by], name
             if sabotage.without_checksums is not None:
                 assert first["no checksums"]["checks"] == [sabotage.without_checksums], name
+    for call in ("load_weights", "the canary"):
+        first, second = (rank[f"tp2 {call} hangs"] for rank in ranks)
+        assert first == second and 0 <= first["difference"] < 1e-5
+        assert f"(rank 1): the engine failed in {call}: EngineStalled: " in first["lines"][0]
     for layout in layouts:
         for report in ranks[0][f"{layout} float32"]:
             assert report["weight_sync/num_checksums"] > report["weight_sync/num_resident"] > 0

@@ -1,7 +1,9 @@
 """Weight sync over two ranks: buckets, what is proven of a sync, and what the proof sees.
 
 A sabotage (tests/support/sabotage.py) is put into one sync in each layout; the check that must see
-it is named there. Memory: tests/unit/weight_sync. Not covered: GPUs, engines over several ranks.
+it is named there. A call that fails or hangs in one engine stops all ranks, which then sync again.
+Memory: tests/unit/weight_sync; a call that no exception can leave: tests/unit/rollout. Not covered:
+GPUs, engines over several ranks.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 from rank_harness import run_ranks
+from support.failing_engine import CALLS, SHORT
 from support.sabotage import SABOTAGES
 
 from gdpo_megatron.conversion.families import load_architecture
@@ -37,6 +40,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "experts tp2 etp2": ("qwen3_moe", {"tp": 2, "sp": True, "etp": 2}),
     "tied, biases, pp2": ("qwen2_tied", {"pp": 2}),
     "tied, norms of heads, tp2": ("qwen3_tied", {"tp": 2}),
+}
+FAILING = {
+    "tp2": [(call, "hangs") for call in CALLS],
+    "pp2": [("load_weights", "hangs"), *((call, "raises") for call in CALLS)],
 }
 BUCKETS = [1, 100_000, 2**30]
 # [all-gathers, broadcasts] for each of them, counted by hand. `gqa` has 15 rows; 100,000 bytes are
@@ -65,6 +72,7 @@ def ranks(
         layouts=LAYOUTS,
         dtypes=DTYPES,
         others=[(name, str(model_folder(it)), layout) for name, (it, layout) in OTHERS.items()],
+        failing=FAILING,
     )
 
 
@@ -103,6 +111,26 @@ def test_sabotage_is_seen(layout: str, name: str, ranks: list[dict[str, Any]]):
     assert sabotage.names in text and text.startswith("weight sync of version 2, ")
     if sabotage.without_checksums is not None:
         assert first["no checksums"]["checks"] == [sabotage.without_checksums]
+
+
+@pytest.mark.parametrize(
+    ("layout", "call", "kind"),
+    [(layout, *case) for layout, cases in FAILING.items() for case in cases],
+)
+def test_a_call_of_one_engine_fails(layout: str, call: str, kind: str, ranks: list[dict[str, Any]]):
+    first, second = (rank[f"{layout} {call} {kind}"] for rank in ranks)
+    assert first == second, "all ranks stop, with the same words"
+    assert first["lines"] == [
+        ("after the rollouts" if call == "sleep" else "weight sync of version 1")
+        + f", engine (rank 1): the engine failed in {call}: "
+        + {
+            "raises": "KeyError: 'gone'; its traceback is above",
+            "hangs": f"EngineStalled: no progress of {call} for {SHORT:g} s "
+            "(rollout.stall_timeout_seconds); see its stacks above; raise "
+            "rollout.stall_timeout_seconds if it was only slow",
+        }[kind]
+    ]
+    assert 0 <= first["difference"] < 1e-5
 
 
 @pytest.mark.parametrize("name", OTHERS)

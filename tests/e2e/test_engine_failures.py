@@ -174,9 +174,9 @@ def test_a_rank_whose_partner_is_gone_does_not_wait_for_it(tmp_path: Path, quick
     assert "RuntimeError: the worker of the engine is gone; its traceback is above" in ended.output
     stacks = tmp_path / "run/stalled_rank_00000.txt"
     assert (
-        "the rollout engine of rank 0 has drawn no token for 30 s (rollout.stall_timeout_seconds "
-        f"15) and cannot be interrupted; its stacks are in {stacks}; the same command goes on "
-        "from the checkpoint of step 1"
+        "the rollout engine of rank 0 hangs: no token for 30 s (rollout.stall_timeout_seconds 15), "
+        f"and it cannot be interrupted; its stacks are in {stacks}; the same command goes on from "
+        "the checkpoint of step 1"
     ) in ended.output
     assert "all_reduce" in stacks.read_text()
     (first,) = read_jsonl(tmp_path / "run/metrics.jsonl")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from support.engines import ScriptedEngine, greedy
 
 from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.rollout.base import FinishedCompletion
-from gdpo_megatron.rollout.failure import FailureReport
+from gdpo_megatron.rollout.failure import EngineStalled, FailureReport
 from gdpo_megatron.rollout.generation import Generation, Noise
 from gdpo_megatron.rollout.long_tail import GroupRequest, TailCut
 from gdpo_megatron.rollout.stall import StallLimit, StallWatch
@@ -44,7 +45,15 @@ class Engine(ScriptedEngine):
         return super().poll()
 
 
-def generate(engine: ScriptedEngine, folder: Path, seconds: float) -> FailureReport | None:
+def limit_of(folder: Path, seconds: float, **others: float) -> StallLimit:
+    """One whose exception is taken in time on any machine, unless `others` say otherwise."""
+    times = {"grace_seconds": SECONDS, "margin_seconds": SECONDS} | others
+    return StallLimit(
+        seconds=seconds, folder=folder, goes_on=lambda: "goes on from step 7", **times
+    )
+
+
+def generate(engine: ScriptedEngine, limit: StallLimit) -> FailureReport | None:
     groups = [
         GroupRequest(
             prompt=Prompt(prompt_id=str(i), token_ids=(i,), text=""), noise_step=0, noise_group=i
@@ -71,7 +80,6 @@ def generate(engine: ScriptedEngine, folder: Path, seconds: float) -> FailureRep
         on_progress=lambda done, total: None,
         on_finished=finished.append,
     )
-    limit = StallLimit(seconds=seconds, folder=folder, goes_on=lambda: "goes on from step 7")
     return generation.run(greedy(4), limit, rank=4, replica=2)
 
 
@@ -80,7 +88,7 @@ def test_a_stalled_call_is_interrupted_and_told(tmp_path: Path, capfd: pytest.Ca
         time.sleep(SECONDS)
 
     before = signal.getsignal(signal.SIGALRM)
-    report = generate(Engine(sleeps), tmp_path, 0.2)
+    report = generate(Engine(sleeps), limit_of(tmp_path, 0.2))
     assert report is not None
     assert report.told() == (
         "rollout engine 2 failed on rank 4 with 1 of 2 completions unfinished: EngineStalled: no "
@@ -110,17 +118,48 @@ def test_tokens_are_progress_however_long_the_call_takes(
 
     counter = property(look, lambda engine, value: None)
     monkeypatch.setattr(Engine, "num_generated_tokens", counter, raising=False)
-    assert generate(Engine(draws), tmp_path, 0.2) is None
+    assert generate(Engine(draws), limit_of(tmp_path, 0.2)) is None
     assert looks[0] >= 30
 
 
 def test_time_between_the_calls_is_not_the_engines(tmp_path: Path):
     engine = Engine(lambda engine: None)
-    limit = StallLimit(seconds=0.1, folder=tmp_path, goes_on=lambda: "")
-    with StallWatch(engine, limit, 0) as watch:
-        with watch.call():
+    with StallWatch(engine, limit_of(tmp_path, 0.1), 0) as watch:
+        with watch.call("nothing"):
             pass
         time.sleep(0.5)
+
+
+def test_what_a_call_waits_for_is_not_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor is it interrupted there; and what was not drawn yet is still there afterwards."""
+    looks = [0]
+
+    def look(engine: Engine) -> int:
+        looks[0] += 1
+        return 0  # no progress that the watch could see
+
+    def made() -> Iterator[int]:
+        for number in range(4):
+            # It looks eight times within its limit.
+            end, enough = time.monotonic() + SECONDS, looks[0] + 20
+            while number == 1 and looks[0] < enough and time.monotonic() < end:
+                time.sleep(0.01)
+            yield number
+
+    counter = property(look, lambda engine, value: None)
+    monkeypatch.setattr(Engine, "num_generated_tokens", counter, raising=False)
+    items, drawn = made(), list[int]()
+    with (
+        StallWatch(Engine(None), limit_of(tmp_path, 0.2), 0) as watch,
+        pytest.raises(EngineStalled, match=r"^no progress of load for 0\.2 s \(rollout\.stall_t"),
+        watch.call("no progress of load"),
+    ):
+        for item in watch.outside(items):
+            drawn.append(item)
+            if item == 2:
+                time.sleep(SECONDS)
+    assert drawn == [0, 1, 2] and list(items) == [3]
+    assert looks[0] >= 20
 
 
 @pytest.mark.parametrize(
@@ -141,7 +180,7 @@ def test_an_exception_is_told_with_what_to_try(
     def raises(engine: Engine) -> None:
         raise error
 
-    report = generate(Engine(raises), tmp_path, SECONDS)
+    report = generate(Engine(raises), limit_of(tmp_path, SECONDS))
     assert report is not None and said in report.told()
     assert "with 1 of 2 completions unfinished" in report.told()
     assert "in raises" in capfd.readouterr().err
@@ -183,12 +222,12 @@ HANGS = """
 import os, sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-from test_stall_watch import Engine, generate
+from test_stall_watch import Engine, generate, limit_of
 
 def hangs(engine):
     {hang}
 
-generate(Engine(hangs), Path({folder!r}), {seconds})
+generate(Engine(hangs), limit_of(Path({folder!r}), 0.2, {times}))
 print("came back")
 """
 
@@ -206,7 +245,10 @@ def test_a_call_that_cannot_be_interrupted_ends_the_process(kind: str, tmp_path:
     folder = tmp_path / "run"
     here = Path(__file__).parent
     code = HANGS.format(
-        path=[str(here), str(here.parents[1])], folder=str(folder), seconds=0.2, hang=hang
+        path=[str(here), str(here.parents[1])],
+        folder=str(folder),
+        times="grace_seconds=0.2" if kind == "retries" else "margin_seconds=2, grace_seconds=0.2",
+        hang=hang,
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=SECONDS
@@ -217,6 +259,6 @@ def test_a_call_that_cannot_be_interrupted_ends_the_process(kind: str, tmp_path:
         path = folder / "stalled_rank_00004.txt"
         assert "in hangs" in path.read_text()
         assert (
-            f"has drawn no token for 0.4 s (rollout.stall_timeout_seconds 0.2) and cannot be "
-            f"interrupted; its stacks are in {path}; goes on from step 7"
+            "the rollout engine of rank 4 hangs: no token for 0.4 s (rollout.stall_timeout_seconds "
+            f"0.2), and it cannot be interrupted; its stacks are in {path}; goes on from step 7"
         ) in ended.stderr
