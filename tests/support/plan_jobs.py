@@ -1,4 +1,4 @@
-"""Jobs to plan: shapes of published models that no example uses, and configs around a shape."""
+"""Jobs to plan: shapes of published models, and configs around a shape."""
 
 from __future__ import annotations
 
@@ -13,32 +13,8 @@ from support.published_models import PUBLISHED
 
 SHAPES: dict[str, dict[str, Any]] = {
     **PUBLISHED,
-    "Qwen2.5-7B": {
-        **PUBLISHED["DeepSeek-R1-Distill-Qwen-7B"],
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768,
-    },
-    "Llama-3.1-70B": {
-        "model_type": "llama",
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    },
+    "Qwen2.5-7B": PUBLISHED["Qwen2.5-7B-Instruct"],
+    "Llama-3.1-70B": PUBLISHED["Llama-3.1-70B-Instruct"],
     "Qwen3-235B-A22B": {
         **PUBLISHED["Qwen3-30B-A3B-Instruct-2507"],
         "hidden_size": 4096,

@@ -51,6 +51,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "rope_theta": 1000000.0,
     },
+    "Qwen2.5-7B-Instruct": {
+        **_QWEN2,
+        **_shape(3584, 28, 28, 4, 18944, 152064, tied=False),
+        "max_position_embeddings": 32768,
+        "rope_theta": 1000000.0,
+    },
     "DeepSeek-R1-Distill-Qwen-1.5B": {
         **_QWEN2,
         **_shape(1536, 28, 12, 2, 8960, 151936, tied=False),
@@ -84,6 +90,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 262144,
         "rope_theta": 10000000.0,
     },
+    "Llama-3.1-70B-Instruct": {
+        **_shape(8192, 80, 64, 8, 28672, 128256, tied=False),
+        "model_type": "llama",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+    },
 }
 """Folder name -> config.json of the checkpoint of that name."""
 
@@ -92,10 +114,12 @@ _FILE_BYTES = 4 * 10**9
 NUM_PARAMETERS = {
     "Qwen2.5-1.5B-Instruct": 1_543_714_304,
     "Qwen2.5-3B-Instruct": 3_085_938_688,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
     "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
     "DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
     "Qwen3-4B-Instruct-2507": 4_022_468_096,
     "Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "Llama-3.1-70B-Instruct": 70_553_706_496,
 }
 """What the model cards and the weight files of the checkpoints say."""
 
