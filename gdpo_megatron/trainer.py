@@ -34,6 +34,7 @@ from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
 from gdpo_megatron.planning.first_step import FirstStep
+from gdpo_megatron.platform.memory import PhaseMemory
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy, WithoutAdapters
 from gdpo_megatron.policy.model import MegatronModel
 from gdpo_megatron.policy.parity_check import Fp8Drift, ParityGate
@@ -170,6 +171,7 @@ class GDPOTrainer:
         self.interrupt = Interrupt(parts.platform)
         self.first_step = FirstStep(config, parts.arch, mesh, parts.platform)
         self.timers = PhaseTimers(synchronize=parts.platform.synchronize)
+        self.memory = PhaseMemory(parts.platform.memory_probe())
         self.metrics = MetricsLogger(
             self.run_dir,
             tensorboard=config.logging.tensorboard,
@@ -207,6 +209,7 @@ class GDPOTrainer:
                 seconds = self.timers.take()
                 values |= {f"time/{name}_seconds": s for name, s in seconds.items()}
                 values["time/step_seconds"] = time.perf_counter() - began
+                values |= self.memory.take()
                 # Logged before it is saved: a step that a resumed run does not repeat is on record.
                 self.metrics.log(self.step, values)
                 stopping = self.interrupt.agreed()
@@ -256,8 +259,6 @@ class GDPOTrainer:
         except Fp8Drift as error:
             self.metrics.log(self.step + 1, values | error.metrics | self.parity.metrics())
             raise self._undone(error, before) from None
-        memory = self.parts.platform.memory_stats()
-        values |= {f"memory/{kind}_bytes": amount for kind, amount in memory.items()}
         summary = {name: values[f"reward/{name}/mean"] for name in self.collector.suite.names}
         summary["tokens/s"] = values["rollout/tokens_per_second"]
         return values, summary
@@ -472,5 +473,5 @@ class GDPOTrainer:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.display.phase(name)
-        with self.timers(name):
+        with self.timers(name), self.memory(name):
             yield

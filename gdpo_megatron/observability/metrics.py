@@ -271,7 +271,13 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "memory/{kind}_bytes", "bytes", "last",
-        "Peak memory of rank 0 since it started: host_peak on CPU, device_peak on GPU.",
+        "Peak memory of rank 0 since it started: host_peak on CPU (what is resident of the "
+        "process), device_peak on GPU (what torch has allocated).",
+    ),
+    Metric(
+        "memory/{phase}/{kind}_bytes", "bytes", "last",
+        "Peak memory of rank 0 within a phase of the step (those of time/{phase}_seconds), what "
+        "was there before included. Only where the kernel lets a process forget its peak.",
     ),
     Metric(
         "run/policy_version", "optimizer steps", "last",

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from gdpo_megatron.platform.memory import MemoryProbe
+
 
 class Platform(Protocol):
     """What the rest of the package may know of the machine."""
@@ -66,6 +68,10 @@ class Platform(Protocol):
 
     def memory_stats(self) -> dict[str, float]:
         """Peak memory of this process in bytes, by kind."""
+        ...
+
+    def memory_probe(self) -> MemoryProbe:
+        """What keeps the peak of the memory that runs out first here."""
         ...
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gdpo_megatron.platform.memory import MemoryProbe, host_probe
+
 
 class CpuPlatform:
     """One process per rank, one thread each unless OMP_NUM_THREADS says otherwise."""
@@ -64,3 +66,6 @@ class CpuPlatform:
     def memory_stats(self) -> dict[str, float]:
         # Linux reports ru_maxrss in KiB.
         return {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+
+    def memory_probe(self) -> MemoryProbe:
+        return host_probe()

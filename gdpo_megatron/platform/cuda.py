@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gdpo_megatron.platform.megatron_versions import megatron_version
+from gdpo_megatron.platform.memory import MemoryProbe
 
 FIRST_WITH_FP8 = (8, 9)  # Ada; Hopper is (9, 0)
 
@@ -63,3 +64,8 @@ class CudaPlatform:
 
     def memory_stats(self) -> dict[str, float]:
         return {"device_peak": float(torch.cuda.max_memory_allocated())}
+
+    def memory_probe(self) -> MemoryProbe:
+        return MemoryProbe(
+            "device_peak", torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats
+        )
