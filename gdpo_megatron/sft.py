@@ -22,6 +22,7 @@ from gdpo_megatron.data.sampler import PromptSampler
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger
+from gdpo_megatron.observability.profiling import StepProfiler
 from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.planning.first_step import FirstStep
 from gdpo_megatron.policy.megatron_policy import MegatronPolicy
@@ -97,7 +98,9 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
         checkpoints.save(step, policy, loop)
 
     title = f"gdpo-megatron sft: {run_dir.name}"
-    with logger, ProgressDisplay(train.num_steps, step, title, enabled=leads) as display:
+    profiler = StepProfiler(config.profiling, run_dir, mesh.rank)
+    display = ProgressDisplay(train.num_steps, step, title, enabled=leads)
+    with logger, display, profiler:
         if step:
             display.message(f"resumed after step {step}")
         while step < train.num_steps and not stopping:
@@ -129,7 +132,11 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
                 if message is not None:
                     display.message(message)
                 display.phase("update")
-            with first_step.watch(policy, micro_batches):
+            with (
+                profiler.step(step + 1),
+                profiler.phase("update"),
+                first_step.watch(policy, micro_batches),
+            ):
                 stats = policy.update(micro_batches, loss, temperature=1.0)
             step += 1
             seconds = time.perf_counter() - began
@@ -153,6 +160,8 @@ def run_sft(config: SFTConfig, base_dir: Path, parts: Parts) -> bool:
             display.step_done(step, {"loss": stats["loss"], "tokens/s": num_tokens / seconds})
             for line in first_step.report({"update": seconds}):
                 display.message(line)
+            for path in profiler.write():
+                display.message(f"profile: {path}")
         if step == train.num_steps and config.checkpoint.export_hf:
             display.phase("export")
             parts.export(policy, run_dir / "hf")

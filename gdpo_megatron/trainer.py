@@ -30,6 +30,7 @@ from gdpo_megatron.errors import InputError
 from gdpo_megatron.evaluation.evaluator import Evaluation, Evaluator
 from gdpo_megatron.interrupt import Interrupt
 from gdpo_megatron.observability.metrics import MetricsLogger, combine_minibatches
+from gdpo_megatron.observability.profiling import StepProfiler
 from gdpo_megatron.observability.progress import ProgressDisplay
 from gdpo_megatron.observability.rollout_log import write_rollouts
 from gdpo_megatron.observability.timers import PhaseTimers
@@ -168,8 +169,9 @@ class GDPOTrainer:
             self.collector.load_state(state, self.checkpoints.carried(self.step))
             self.parity.load_state_dict(state.get("parity", {}))
         self._free_grad_buffers()
-        self.interrupt = Interrupt(parts.platform)
         self.first_step = FirstStep(config, parts.arch, mesh, parts.platform)
+        self.interrupt = Interrupt(parts.platform)
+        self.profiler = StepProfiler(config.profiling, self.run_dir, mesh.rank)
         self.timers = PhaseTimers(synchronize=parts.platform.synchronize)
         self.memory = PhaseMemory(parts.platform.memory_probe())
         self.metrics = MetricsLogger(
@@ -191,13 +193,15 @@ class GDPOTrainer:
         with (
             self.metrics,
             self.collector,
+            self.profiler,
             self._display(title, start) as self.display,
         ):
             if start:
                 self.display.message(f"resumed after step {start}")
             while self.step < train.num_steps and not stopping:
                 began, broken = time.perf_counter(), None
-                values, summary = self.train_step()
+                with self.profiler.step(self.step + 1):
+                    values, summary = self.train_step()
                 self.step += 1
                 if train.eval_interval and self.step % train.eval_interval == 0:
                     try:
@@ -217,9 +221,11 @@ class GDPOTrainer:
                 if last or (save_interval and self.step % save_interval == 0):
                     self._save()
                 self.display.step_done(self.step, summary)
-                if broken is not None:
                 for line in self.first_step.report(seconds, values["completion/mean_tokens"]):
                     self.display.message(line)
+                for path in self.profiler.write():
+                    self.display.message(f"profile: {path}")
+                if broken is not None:
                     raise self._saved(broken)
             complete = self.step == train.num_steps
             if complete and self.config.checkpoint.export_hf:
@@ -473,5 +479,5 @@ class GDPOTrainer:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         self.display.phase(name)
-        with self.timers(name), self.memory(name):
+        with self.profiler.phase(name), self.timers(name), self.memory(name):
             yield

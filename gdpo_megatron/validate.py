@@ -26,6 +26,7 @@ from gdpo_megatron.data.schema import REWARDS_KEY
 from gdpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from gdpo_megatron.errors import InputError, did_you_mean
 from gdpo_megatron.evaluation.loaded import LoadedSet
+from gdpo_megatron.observability.profiling import profiling_problems
 from gdpo_megatron.platform.megatron_versions import megatron_version
 from gdpo_megatron.platform.vllm_versions import vllm_problems
 from gdpo_megatron.rewards.resolve import ResolvedReward
@@ -147,6 +148,9 @@ def _checks(
     yield lambda: memory_problems(job, config, arch)
     yield lambda: fp8_problems(job, config, arch, elsewhere=elsewhere)
     yield lambda: _optimizer(config, job)
+    if job != "eval":
+        steps = config.train.num_steps
+        yield lambda: profiling_problems(config.profiling, steps, world_size, elsewhere=elsewhere)
     if isinstance(config, SFTConfig):
         yield lambda: _sft_data(config, base_dir, found)
         return

@@ -19,6 +19,7 @@ from gdpo_megatron.config.long_tail import LongTailConfig
 from gdpo_megatron.config.lora import LoraConfig
 from gdpo_megatron.config.loss import LossConfig
 from gdpo_megatron.config.memory import MemoryConfig, RLMemoryConfig
+from gdpo_megatron.config.profiling import ProfilingConfig
 from gdpo_megatron.config.reward import RewardConfig
 from gdpo_megatron.config.row_fields import RowFieldsConfig
 from gdpo_megatron.config.sampling import SamplingConfig
@@ -292,12 +293,12 @@ class LoggingConfig:
     num_rollout_groups: NonNegativeInt = 1
     """Groups of rollouts written to <run_dir>/rollouts in each step."""
 
-
-@section
     compare_plan: bool = True
     """After the first step of a start, print what `plan` says of its memory and its phases' time
     beside what they took. Its first update is watched for that, which takes longer."""
 
+
+@section
 class RLConfig:
     """A GDPO run (`train`, `eval`)."""
 
@@ -327,8 +328,9 @@ class RLConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-
+    profiling: ProfilingConfig | None = None
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+
 
 @section
 class SFTConfig:
@@ -350,4 +352,5 @@ class SFTConfig:
     train: SFTTrainConfig = field(default_factory=SFTTrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig | None = None
     launch: LaunchConfig = field(default_factory=LaunchConfig)

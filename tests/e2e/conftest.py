@@ -41,6 +41,7 @@ def sft(quickstart: Path) -> Path:
         "train": {"num_steps": 8, "global_batch_size": 32},
         "optimizer": {"lr": 3e-3},
         "logging": {"tensorboard": False},
+        "profiling": {"tool": "nvtx"},
     }
     (quickstart / "sft.yaml").write_text(yaml_text.dump(config))
     succeed("sft", quickstart / "sft.yaml", "--nproc", "2")

@@ -42,6 +42,7 @@ def trained(quickstart: Path, sft: Path) -> tuple[Path, str]:
         "train": {"num_steps": 3, "num_minibatches_per_step": 2, "eval_interval": 3},
         "optimizer": {"lr": 1e-4},
         "loss": {"kl_coef": 0.01},
+        "profiling": {"tool": "torch", "ranks": [1]},
     }
     (quickstart / "gdpo.yaml").write_text(yaml_text.dump(config))
     return quickstart / "gdpo", succeed("train", quickstart / "gdpo.yaml", "--nproc", "2")
@@ -96,6 +97,17 @@ def test_the_plan_is_shown_beside_the_first_step(trained: tuple[Path, str]):
     assert abs(float(error["activations"])) < 10
     timed = re.findall(r"^  (\w+) +[0-9.]+ +[0-9.]+ +[+-][0-9]+%$", output, re.M)
     assert timed == ["weight_sync", "rollout", "logprobs", "update"]
+
+
+def test_one_step_of_one_rank_was_profiled(trained: tuple[Path, str]):
+    folder = trained[0] / "profile"
+    assert sorted(it.name for it in folder.iterdir()) == [
+        "steps_2-2_rank1.json.gz", "steps_2-2_rank1.txt",
+    ]  # fmt: skip
+    table = (folder / "steps_2-2_rank1.txt").read_text()
+    phases = ("weight_sync", "rollout", "exchange", "logprobs", "update")
+    assert all(re.search(rf"^ +{name} ", table, re.M) for name in phases)
+    assert not re.search("^ +checkpoint ", table, re.M)
 
 
 def test_sampled_rollouts_can_be_read(trained: tuple[Path, str]):
