@@ -19,6 +19,7 @@ from gdpo_megatron.sandbox.results import Execution, Limits, Status
 from gdpo_megatron.sandbox.worker import Worker
 
 CANARY_VARIABLE = "GDPO_SANDBOX_CANARY"
+_PATIENCE_SECONDS = 60
 
 # Each line: a name and an expression that raises OSError, or is falsy, where the attack fails.
 # `call` makes a raw system call; a refusal is EPERM, EACCES or ENOSYS. A call that was let in and
@@ -100,7 +101,8 @@ def probe(worker: Worker, limits: Limits, *, allow_numpy: bool) -> list[str]:
 
     Args:
         worker: that has served nothing yet.
-        limits: of its runs; the probe's are these or tighter.
+        limits: of its runs; the probe's are these or tighter, but for time: how busy the machine is
+            at the moment is not asked here.
         allow_numpy: whether a program must be able to import numpy, or must not.
 
     Returns:
@@ -111,7 +113,13 @@ def probe(worker: Worker, limits: Limits, *, allow_numpy: bool) -> list[str]:
 
 
 def _problems(worker: Worker, limits: Limits, allow_numpy: bool) -> Iterator[str]:
-    def run(program: str, stdin: str = "", tight: Limits = limits) -> Execution:
+    patient = replace(
+        limits,
+        cpu_seconds=max(limits.cpu_seconds, _PATIENCE_SECONDS),
+        wall_seconds=max(limits.wall_seconds, 5.0 * _PATIENCE_SECONDS),
+    )
+
+    def run(program: str, stdin: str = "", tight: Limits = patient) -> Execution:
         return worker.execute({"sources": [["main.py", program]]}, stdin.encode(), tight)
 
     honest = run(_HONEST, "1\n")
@@ -127,7 +135,7 @@ def _problems(worker: Worker, limits: Limits, allow_numpy: bool) -> Iterator[str
     if not allow_numpy and run("import numpy").status is Status.OK:
         yield "numpy can be imported, although sandbox.allow_numpy is false"
     yield from _attack(run)
-    yield from _limits(run, limits)
+    yield from _limits(run, patient)
 
 
 def _attack(run: Callable[..., Execution]) -> Iterator[str]:

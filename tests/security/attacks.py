@@ -34,12 +34,14 @@ class Attack:
     Args:
         program: after the common prelude.
         ends: statuses that are right; "ok" where it goes on after it was refused.
-        seconds: wall clock of the run.
+        wall_seconds: of the run; low only for what waits for ever.
+        cpu_seconds: of the run; low only for what computes for ever.
     """
 
     program: str
     ends: tuple[str, ...] = ("ok",)
-    seconds: float = 30.0
+    wall_seconds: float = 600.0
+    cpu_seconds: int = 60
 
     @property
     def source(self) -> str:
@@ -77,6 +79,7 @@ PROCESSES = {
         "except (RuntimeError, MemoryError):\n    pass\n"
         "print('stopped at', len(started)) if len(started) < 5000 else print('THROUGH')",
         ("ok", "memory", "runtime_error", "timeout"),
+        cpu_seconds=1,
     ),
 }
 
@@ -239,9 +242,11 @@ RESOURCES = {
         "    print('THROUGH')\n"
         "except (OSError, MemoryError):\n    print('stopped')"
     ),
-    "endless loop": Attack("while True:\n    pass", ("timeout",)),
+    "endless loop": Attack("while True:\n    pass", ("timeout",), cpu_seconds=1),
     "loop that ignores SIGXCPU": Attack(
-        "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass", ("timeout",)
+        "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True:\n    pass",
+        ("timeout",),
+        cpu_seconds=1,
     ),
     "sleep that ignores signals": Attack(
         "for number in range(1, 65):\n"
@@ -282,13 +287,15 @@ RESOURCES = {
         "class A:\n    def __repr__(self): return repr(self)\nrepr(A())",
         ("runtime_error", "memory"),
     ),
-    "huge integers": Attack("x = 7 ** (7 ** (7 ** 7))", ("timeout", "memory")),
+    "huge integers": Attack("x = 7 ** (7 ** (7 ** 7))", ("timeout", "memory"), cpu_seconds=1),
     "null pointer": Attack("ctypes.string_at(0)", ("runtime_error",)),
     "nested source": Attack(
         "try:\n    eval('(' * 100000 + ')' * 100000)\n"
         "except (SyntaxError, MemoryError, RecursionError):\n    print('stopped')"
     ),
-    "regular expression": Attack("import re\nre.match('(a|a)*$', 'a' * 60 + 'b')", ("timeout",)),
+    "regular expression": Attack(
+        "import re\nre.match('(a|a)*$', 'a' * 60 + 'b')", ("timeout",), cpu_seconds=1
+    ),
     "terminal escapes": Attack("print('\\x1b]0;title\\x07\\x1b[2J\\x00\\x9b31m')"),
     "bytes that are no text": Attack("sys.stdout.buffer.write(bytes(range(256)))"),
     "no streams": Attack("sys.stdout = sys.stderr = sys.stdin = None"),

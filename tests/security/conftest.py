@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from harness import Bait, baited, quick_config
+from support.told_suite import told  # noqa: F401 (a fixture)
 
 from gdpo_megatron.sandbox import Sandbox, SandboxUnavailable
 from gdpo_megatron.sandbox.syscalls import supported

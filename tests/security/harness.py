@@ -28,9 +28,9 @@ VARIABLE = "GDPO_TEST_SECRET"
 
 
 def quick_config(mode: str, **options) -> SandboxConfig:
-    """Limits that let a hanging program hang for short."""
+    """Limits of time that nothing reaches by being slow; a test that is to reach one sets it."""
     return SandboxConfig(
-        mode=mode, cpu_seconds=1, wall_seconds=30.0, memory_mb=256, max_output_kb=64, **options
+        mode=mode, cpu_seconds=60, wall_seconds=600.0, memory_mb=256, max_output_kb=64, **options
     )
 
 
@@ -100,7 +100,9 @@ def baited() -> Iterator[Bait]:
 
 def problems_of(attack: Attack, sandbox: Sandbox, bait: Bait) -> list[str]:
     """Run one attack."""
-    limits = replace(sandbox.limits, wall_seconds=attack.seconds)
+    limits = replace(
+        sandbox.limits, wall_seconds=attack.wall_seconds, cpu_seconds=attack.cpu_seconds
+    )
     pids = {worker.pid for worker in sandbox._workers}
     done = sandbox.run(bait.source(attack), limits=limits)
     said = done.stdout + done.stderr

@@ -100,7 +100,7 @@ def test_as_nobody(mode: str, python_for_nobody: Path):
         cwd="/",
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -10,6 +10,8 @@ import contextlib
 import json
 import math
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 from conftest import start
@@ -20,11 +22,13 @@ from gdpo_megatron.rewards.suite import RewardSuite
 from gdpo_megatron.types import Completion, Prompt, Rollout
 
 TESTS = json.dumps({"asserts": ["assert f(1) == 2", "assert f(5) == 6"]})
+BRIEF = json.dumps({**json.loads(TESTS), "time_limit_seconds": 1})
 REWARDS = (
     RewardConfig(name="tests", type="code_pass_rate", args={"max_timeouts": 1}),
     RewardConfig(name="bug", type="code_bug_free", args={"max_timeouts": 1}),
 )
-SANDBOX = SandboxConfig(mode="inner", cpu_seconds=1, wall_seconds=30.0)
+SANDBOX = SandboxConfig(mode="inner", cpu_seconds=60, wall_seconds=600.0)
+SANDBOX_OF_HOURS = replace(SANDBOX, cpu_seconds=3000, wall_seconds=5000.0)
 
 
 def rollout(sample_id: int, program: str, answer: str | None = TESTS) -> Rollout:
@@ -62,7 +66,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 def none_left(processes: list[psutil.Process]) -> bool:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(map(alive, processes)):
         if time.monotonic() > deadline:
             return False
@@ -82,10 +86,10 @@ def test_scores_and_events():
         ("def f(x):\n    while True: pass", 0.0, 0.0),
         ("def f(x): return x + 1  # again", 1.0, 1.0),
     ]
-    config = RewardSuiteConfig(num_workers=2, sample_timeout_seconds=150.0)
+    config = RewardSuiteConfig(num_workers=2, sample_timeout_seconds=6000.0)
     with RewardSuite(REWARDS, group_size=len(programs), config=config, sandbox=SANDBOX) as suite:
         for number, (program, _, _) in enumerate(programs):
-            suite.submit(rollout(number, program))
+            suite.submit(rollout(number, program, BRIEF if "while" in program else TESTS))
         scores = suite.collect()
         there = servers(suite)
         assert 1 <= len(there) <= 2  # one for each worker that had work
@@ -95,20 +99,31 @@ def test_scores_and_events():
     assert none_left(there)
 
 
-def test_worker_that_is_killed_takes_its_sandbox_along():
-    """The time for a sample is below the program's here, which a job may not have."""
+def test_worker_that_is_killed_takes_its_sandbox_along(told: None, tmp_path: Path):
+    """The time for a sample is over before the program's, which a job may not have."""
     start("inner").close()
-    sandbox = SandboxConfig(mode="inner", cpu_seconds=50, wall_seconds=100.0)
-    config = RewardSuiteConfig(num_workers=1, sample_timeout_seconds=10.0)
-    with RewardSuite(REWARDS[:1], group_size=2, config=config, sandbox=sandbox) as suite:
+    go = tmp_path / "go"
+    reward = RewardConfig(
+        name="tests", type="./overdue_rewards.py:tests_until", args={"path": str(go)}
+    )
+    with RewardSuite(
+        [reward],
+        group_size=2,
+        config=RewardSuiteConfig(num_workers=1, sample_timeout_seconds=6000.0),
+        sandbox=SANDBOX_OF_HOURS,
+        base_dir=Path(__file__).parent,
+    ) as suite:
         suite.submit(rollout(0, "while True: pass"))
-        time.sleep(2)
-        there = servers(suite)
         suite.submit(rollout(1, "def f(x): return x + 1"))
+        deadline = time.monotonic() + 120
+        while not (there := servers(suite)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert there
+        go.touch()
         scores = suite.collect()
-        assert len(there) >= 1
         assert none_left(there)
         there = servers(suite)
     hung, right = scores.values[:, 0].tolist()
     assert math.isnan(hung) and right == 1.0
+    assert scores.num_invalid["tests"] == {"sample timeout": 1}
     assert none_left(there)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -40,8 +41,12 @@ def test_what_failing_programs_are_told(environment: ToolsEnvironment):
     assert done.rewards == {"calls": 0, "call_errors": 0, "tool_errors": 1, "used_tool": 0}
 
 
-def test_programs_that_are_ended(environment: ToolsEnvironment):
-    said = ask(environment, "print(1, flush=True)\nwhile True: pass").observation
+def test_programs_that_are_ended(
+    environment: ToolsEnvironment, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "limits", replace(sandbox.limits, cpu_seconds=1))
+        said = ask(environment, "print(1, flush=True)\nwhile True: pass").observation
     assert said == "1\nthe program took too long and was ended"
     said = ask(environment, "while True: print('x' * 1000)").observation
     assert said.endswith("the program printed too much and was ended") and len(said) < 2100

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import told_time
 from support.assets import needed
+from support.told_suite import told  # noqa: F401 (a fixture)
 
 from gdpo_megatron.rewards import REWARDS
-from gdpo_megatron.rewards import suite as suite_module
 
 
 @pytest.fixture(scope="session")
@@ -34,11 +31,3 @@ def registry_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten after it."""
     monkeypatch.setattr(REWARDS, "_entries", dict(REWARDS._entries))
     monkeypatch.setattr(REWARDS, "_entry_point_group", None)
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Suites whose calls take as long as they say, see told_time.py."""
-    monkeypatch.setenv(told_time.FOLDER, str(tmp_path_factory.mktemp("told")))
-    command = (sys.executable, str(Path(__file__).with_name("told_pool.py")))
-    monkeypatch.setattr(suite_module, "POOL_COMMAND", command)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import told_time
+from support import told_time
 
 from gdpo_megatron.rewards import (
     NOT_APPLICABLE,

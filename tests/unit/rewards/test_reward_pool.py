@@ -268,7 +268,7 @@ def test_closing_ends_what_rewards_left_running(tmp_path: Path):
 
 TRAINER = """
 import sys, time
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {tests!r}]
 from suite_helpers import reward, rollout, suite
 running = suite(reward("starts_others", args={{"folder": {folder!r}}}), reward("waits"))
 running.submit(rollout(0, "hang"))
@@ -279,7 +279,7 @@ time.sleep(1000)
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_killed_trainer(tmp_path: Path, number: signal.Signals):
-    code = TRAINER.format(here=str(HERE), folder=str(tmp_path))
+    code = TRAINER.format(here=str(HERE), tests=str(HERE.parents[1]), folder=str(tmp_path))
     trainer = subprocess.Popen([sys.executable, "-c", code])
     try:
         pids = noted(tmp_path, "hang") + noted(tmp_path, "returns")

@@ -10,9 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import told_time
-
 from gdpo_megatron.rewards import pool, process, worker
+from support import told_time
 
 _NOTES = Path(os.environ[told_time.FOLDER])
 _timeout = asyncio.timeout
@@ -68,6 +67,3 @@ class _ToldPool(pool.Pool):
 asyncio.timeout = _noted_timeout
 process.Worker = _ToldWorker
 pool.Pool = _ToldPool
-
-if __name__ == "__main__":
-    pool.main()
