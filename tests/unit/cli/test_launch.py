@@ -6,6 +6,7 @@ torchrun's are. The real ones: tests/e2e.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from gdpo_megatron import launch
 from gdpo_megatron.launch import LaunchOptions, environment, run, torchrun_command
 from gdpo_megatron.platform.network import Way, way_to
 
-SECONDS = 30  # until a process that should be there, or gone, is given up
+SECONDS = 240  # until a process that should be there, or gone, is given up
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -98,10 +99,11 @@ WORKER = """
 import signal, sys, time
 from pathlib import Path
 from gdpo_megatron.processes import die_with_parent
-here, name, seconds_deaf = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+here, name = Path(sys.argv[1]), sys.argv[2]
 die_with_parent(signal.SIGKILL)
 (here / f"{name}.started").touch()
-time.sleep(seconds_deaf)  # imports
+while (here / "imports").exists():
+    time.sleep(0.02)
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 (here / f"{name}.listens").touch()
@@ -116,7 +118,7 @@ import subprocess, sys
 here = sys.argv[1]
 workers = [
     subprocess.Popen(
-        [sys.executable, f"{here}/worker.py", here, str(i), sys.argv[2]], start_new_session=True
+        [sys.executable, f"{here}/worker.py", here, str(i)], start_new_session=True
     )
     for i in range(2)
 ]
@@ -137,7 +139,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_with(script: Callable[[], None], *worker: str) -> int:
+def run_with(script: Callable[[], None]) -> int:
     """`run`, while another thread plays what happens meanwhile."""
     errors: list[BaseException] = []
 
@@ -146,15 +148,13 @@ def run_with(script: Callable[[], None], *worker: str) -> int:
             script()
         except BaseException as error:
             errors.append(error)
-            for child in psutil.Process().children(recursive=True):
-                if any(
-                    name in it for it in child.cmdline() for name in ("torchrun.py", "worker.py")
-                ):
+            for child in having("torchrun.py") + having("worker.py"):
+                with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
 
     thread = threading.Thread(target=play)
     thread.start()
-    code = run(LaunchOptions(), worker, unit="step")
+    code = run(LaunchOptions(), [], unit="step")
     thread.join()
     if errors:
         raise errors[0]
@@ -169,18 +169,31 @@ def all_exist(folder: Path, suffix: str) -> bool:
     return all((folder / f"{i}.{suffix}").exists() for i in range(2))
 
 
+def having(text: str) -> list[psutil.Process]:
+    """The processes below this one that have a text in their command."""
+    found: list[psutil.Process] = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a zombie's error is one of these
+            if any(text in argument for argument in process.cmdline()):
+                found.append(process)
+    return found
+
+
 def family(stand_in: Path) -> list[psutil.Process]:
     """The stand-ins; other tests may have left processes of the session running."""
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if any(str(stand_in) in argument for argument in process.cmdline())
-    ]
+    return having(str(stand_in))
+
+
+def is_there(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
     assert len(processes) == 3
-    wait_until(lambda: not any(it.is_running() for it in processes))
+    wait_until(lambda: not any(map(is_there, processes)))
 
 
 @pytest.mark.parametrize("code", [0, 1, 3])
@@ -206,18 +219,21 @@ def test_the_first_interrupt_tells_each_worker_once(
         wait_until(lambda: all_exist(stand_in, "listens"))
         os.kill(os.getpid(), number)
 
-    assert run_with(script, "0") == 130
+    assert run_with(script) == 130
     assert [(stand_in / f"{i}.saved").read_text() for i in range(2)] == ["1", "1"]
     assert "finishing the step and saving" in capfd.readouterr().err
 
 
 def test_an_interrupt_while_workers_import_waits_until_they_listen(stand_in: Path):
+    (stand_in / "imports").touch()
+
     def script() -> None:
         wait_until(lambda: all_exist(stand_in, "started"))
-        assert not (stand_in / "0.listens").exists()
         interrupt()
+        time.sleep(1)  # a few looks of the launcher: one that told them now would end them
+        (stand_in / "imports").unlink()
 
-    assert run_with(script, "2") == 130
+    assert run_with(script) == 130
     assert [(stand_in / f"{i}.saved").read_text() for i in range(2)] == ["1", "1"]
 
 
@@ -227,7 +243,7 @@ def test_an_interrupt_before_there_are_workers_is_not_lost(stand_in: Path):
         time.sleep(0.05)
         interrupt()
 
-    assert run_with(script, "0") == 130
+    assert run_with(script) == 130
     assert all_exist(stand_in, "saved")
 
 
@@ -240,11 +256,11 @@ def test_a_second_interrupt_ends_everything_that_was_started(stand_in: Path):
         started.extend(family(stand_in))
         interrupt()
         time.sleep(0.5)
-        assert all(it.is_running() for it in started)
+        assert all(map(is_there, started))
         interrupt()
         assert_gone(started)
 
-    assert run_with(script, "0") == 130
+    assert run_with(script) == 130
     assert not all_exist(stand_in, "saved")
 
 
@@ -254,9 +270,10 @@ def test_workers_do_not_outlive_a_killed_torchrun(stand_in: Path):
     def script() -> None:
         wait_until(lambda: all_exist(stand_in, "listens"))
         started.extend(family(stand_in))
-        next(p for p in family(stand_in) if "torchrun.py" in p.cmdline()[1]).kill()
+        (torchrun,) = having(str(stand_in / "torchrun.py"))
+        torchrun.kill()
 
-    assert run_with(script, "0") == 137
+    assert run_with(script) == 137
     assert_gone(started)
 
 
@@ -266,7 +283,7 @@ def test_nothing_outlives_a_killed_launcher(stand_in: Path):
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 from gdpo_megatron import launch
-torchrun = [sys.executable, {str(stand_in / "torchrun.py")!r}, {str(stand_in)!r}, "0"]
+torchrun = [sys.executable, {str(stand_in / "torchrun.py")!r}, {str(stand_in)!r}]
 launch.torchrun_command = lambda options, worker, way: torchrun
 launch.run(launch.LaunchOptions(), [], unit="step")
 """
@@ -278,5 +295,5 @@ launch.run(launch.LaunchOptions(), [], unit="step")
         assert_gone(started)
     finally:
         for it in started:
-            if it.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 it.kill()
