@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-SECONDS = 240  # until a job is given up; on an idle machine they take 10 to 20
+SECONDS = 900  # until a job is given up; on an idle machine they take 10 to 20
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,21 @@ class RunningJob:
 
     def family(self) -> list[psutil.Process]:
         """All processes below the started one."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
 
     def workers(self) -> list[psutil.Process]:
         """The ranks, as far as they are there, in the order of their start."""
-        ranks = [it for it in self.family() if "gdpo_megatron.worker" in it.cmdline()]
-        # torchrun's own command line names the module too.
-        return [it for it in ranks if "gdpo_megatron.agent" not in it.cmdline()]
+        ranks: list[psutil.Process] = []
+        for it in self.family():
+            # One that ends while it is looked at is not there; a zombie's error is one of these.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                command = it.cmdline()
+                # torchrun's own command line names the module too.
+                if "gdpo_megatron.worker" in command and "gdpo_megatron.agent" not in command:
+                    ranks.append(it)
+        return ranks
 
 
 @contextlib.contextmanager

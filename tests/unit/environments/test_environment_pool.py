@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from gdpo_megatron.config.environment import EnvironmentConfig
+from gdpo_megatron.environments import pool as pool_module
 from gdpo_megatron.environments.base import EnvironmentStep, Task
 from gdpo_megatron.environments.pool import Answer, EnvironmentPool, Fault
 from gdpo_megatron.environments.resolve import environment_factory
@@ -28,7 +29,7 @@ def pool(tmp_path: Path, **fields: Any) -> EnvironmentPool:
         "type": "./episode_environments.py:Scripted",
         "args": {"folder": str(tmp_path)},
         "num_workers": 1,
-        "step_timeout_seconds": 60.0,
+        "step_timeout_seconds": 600.0,
     }
     config = EnvironmentConfig(**(defaults | fields))
     return EnvironmentPool(config, base_dir=HERE, log_path=tmp_path / "log")
@@ -80,16 +81,28 @@ def test_many_answers_come_with_their_episode(tmp_path: Path):
     assert len({said(it)[0] for it in answers}) == 3
 
 
-def test_a_call_that_hangs_is_ended_and_the_others_lose_nothing(tmp_path: Path):
-    with pool(tmp_path, step_timeout_seconds=8.0) as short:
+def test_a_call_that_hangs_is_ended_and_the_others_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only the call that never answers meets a time that a slow machine could meet."""
+    exchange, limits = pool_module._Worker._exchange, list[float]()
+
+    def exchange_in_time(worker: Any, process: Any, text: bytes, seconds: float) -> Any:
+        limits.append(seconds)
+        return exchange(worker, process, text, 0.5 if b'"hang"' in text else seconds)
+
+    monkeypatch.setattr(pool_module._Worker, "_exchange", exchange_in_time)
+    with pool(tmp_path, step_timeout_seconds=700.0) as short:
         first, _ = said(ask(short, 0, "x"))
         outcome = ask(short, 1, "hang").outcome
-        assert outcome == Fault("environment timeout", "no answer within 8 s")
+        assert outcome == Fault("environment timeout", "no answer within 0.5 s")
         assert not psutil.pid_exists(first)
         second, text = said(ask(short, 0, "x", "y"))
         assert second != first and text == "p/a/x+y"
         assert short.take_counts() == {"environment timeout": 1}
         assert short.take_counts().total() == 0
+    start = pool_module.START_SECONDS
+    assert limits == [start, 700.0, 700.0, start, 700.0]
 
 
 def test_a_call_that_grows_is_ended(tmp_path: Path):

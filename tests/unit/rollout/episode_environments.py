@@ -40,7 +40,7 @@ class Scripted:
     def step(self, turn: str) -> EnvironmentStep:
         self._turns.append(turn)
         if turn == "hang":
-            time.sleep(600)
+            time.sleep(6000)
         if turn == "eat":
             self._eaten = bytearray(2**30)
         if turn == "die":
