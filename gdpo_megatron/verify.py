@@ -25,7 +25,7 @@ from gdpo_megatron.layer_values import (
     record_transformers,
     transformers_model,
 )
-from gdpo_megatron.platform import detect_platform
+from gdpo_megatron.platform import Platform, detect_platform
 
 
 def different_tensors(one: Checkpoint, other: Checkpoint, arch: ModelArchitecture) -> list[str]:
@@ -63,6 +63,7 @@ def compare_with_transformers(
     prompts: Sequence[Sequence[int]],
     *,
     reference: Path | None = None,
+    platform: Platform | None = None,
 ) -> list[Comparison]:
     """Run both models in float32 and compare what every layer gives; logits come last.
 
@@ -75,8 +76,9 @@ def compare_with_transformers(
         prompts: token ids.
         reference: Hugging Face folder that transformers reads; None means `folder`, and where that
             is a Megatron checkpoint, transformers is given the tensors.
+        platform: the machine; None: the one that is found.
     """
-    platform = detect_platform()
+    platform = platform or detect_platform()
     join_alone(platform)
     theirs = transformers_model(reference or folder, checkpoint, arch).to(platform.device)
     single = record_transformers(theirs, prompts)

@@ -7,7 +7,7 @@ the narrow ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,17 @@ EIGHT_RANKS: dict[str, Layout] = {
 }
 
 
-def start_weights(models: Path) -> dict[str, dict[str, Tensor]]:
+def start_weights(
+    models: Path, names: Iterable[str] = (*MODELS, *FAMILIES)
+) -> dict[str, dict[str, Tensor]]:
     """Model -> the weights that all layouts start from.
 
     Args:
         models: folder of `write_models`.
+        names: of those that are wanted.
     """
     weights: dict[str, dict[str, Tensor]] = {}
-    for model in MODELS | FAMILIES:
+    for model in names:
         arch = load_architecture(models / model)
         source = TinyWeights(arch)
         weights[model] = {name: source.get(name) for name in hf_shapes(arch)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,10 @@ class TinyWeights(RandomWeights):
         return self._tensors[name]
 
 
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, names: Iterable[str] = (*MODELS, *FAMILIES)) -> None:
     """Write <folder>/NAME for each model, and for each a reference with other weights."""
-    for name, config in (MODELS | FAMILIES).items():
+    for name in names:
+        config = (MODELS | FAMILIES)[name]
         source = folder / f"{name}_config"
         source.mkdir(parents=True)
         (source / "config.json").write_text(json.dumps(config))

@@ -230,8 +230,8 @@ def keep_gradients(policy: MegatronPolicy, kept: list[dict[str, Tensor]]) -> Non
 
     def wrapped(*args: Any, **kwargs: Any) -> None:
         finalize(*args, **kwargs)
-        wrapped_chunks: Sequence[Any] = policy.ddp  # whose buffers are lists, unlike a module's
-        for ddp in wrapped_chunks:
+        for chunk in policy.ddp:
+            ddp: Any = chunk  # whose buffers are lists, unlike a module's
             for buffer in [*ddp.buffers, *ddp.expert_parallel_buffers]:
                 for bucket in buffer.buckets:
                     _gather_shards(bucket.grad_data, buffer.data_parallel_group)

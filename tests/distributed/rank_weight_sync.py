@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +11,17 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rank_layouts import in_layout, platform  # prepares Megatron  # isort: skip
+from rank_layouts import in_layout  # prepares Megatron  # isort: skip
 
 import torch
 import torch.distributed as dist
 from support.failing_engine import FailingEngine, unlimited
 from support.sabotage import OF_ENGINE, SABOTAGES, Sabotage
 
-import gdpo_megatron.rollout.engines  # noqa: F401  # registers them
-from gdpo_megatron.config.schema import OptimizerConfig, PrecisionConfig, TrainConfig
-from gdpo_megatron.config.vllm import VllmConfig
-from gdpo_megatron.config.weight_sync import CanaryConfig, WeightSyncConfig
-from gdpo_megatron.conversion.families import load_architecture
+from gdpo_megatron.certify.engine_parts import EngineParts
 from gdpo_megatron.conversion.hf_io import HFCheckpoint
-from gdpo_megatron.data.tokenizer import load_tokenizer
-from gdpo_megatron.distributed import mesh as meshes
-from gdpo_megatron.policy.megatron_policy import MegatronPolicy
-from gdpo_megatron.rollout.base import EngineSetup, engines
 from gdpo_megatron.rollout.failure import EngineFailure
-from gdpo_megatron.types import Prompt
-from gdpo_megatron.weight_sync import Canary, SyncFault, WeightSync, tolerance_of
+from gdpo_megatron.weight_sync import SyncFault
 
 CHECKS = {"all": 1, "no checksums": 0}
 
@@ -77,95 +67,8 @@ def run(
     return results
 
 
-class Job:
-    """A policy and an engine that stay, with a sync made anew for each case."""
-
-    def __init__(
-        self, folder: Path, engine: str, layout: dict[str, Any], dtype: str, max_length: int
-    ):
-        arch, draw = load_architecture(folder), random.Random(3)
-        reader = HFCheckpoint(folder, arch)
-        self.max_length = max_length
-        self.dtype, self.train = dtype, TrainConfig(micro_batch_size=2)
-        self.policy = MegatronPolicy(
-            arch,
-            optimizer=OptimizerConfig(),
-            total_updates=1,
-            make_reader=lambda: reader,
-            precision=PrecisionConfig(params_dtype=dtype),  # pyright: ignore
-            max_sequence_length=max_length,
-            **layout,
-        )
-        self.start = [parameter.detach().clone() for _, parameter in self.policy.stage_rows]
-        self.mesh = meshes.engine_mesh(layout["mesh"], 1)
-        self.engine = engines.get(engine)(
-            EngineSetup(
-                arch=arch,
-                tokenizer=load_tokenizer(folder),
-                model_files=folder,
-                mesh=self.mesh,
-                platform=platform,
-                dtype=getattr(torch, dtype),
-                max_sequence_length=max_length,
-                max_concurrent_sequences=8,
-                seed=1,
-                vllm=VllmConfig(kv_cache_gib=0.125),
-            )
-        )
-        self.prompts = [
-            Prompt(
-                prompt_id=f"row {i}",
-                token_ids=tuple(draw.randrange(3, arch.vocab_size) for _ in range(n)),
-                text="",
-            )
-            # The third may be as long as a block of a prefix cache, the last one is cut.
-            for i, n in enumerate((5, 1, max_length * 3 // 4, max_length + 16))
-        ]
-
-    def close(self) -> None:
-        """Make room for another engine, where that needs something done."""
-        getattr(self.engine, "close", lambda: None)()
-
-    def sync(self, engine: Any, interval: int = 1) -> WeightSync:
-        config = WeightSyncConfig(
-            bucket_mb=1,
-            checksum_interval=interval,
-            canary=CanaryConfig(interval=1, num_prompts=3, num_tokens=6),
-        )
-        canary = Canary(
-            config.canary,
-            self.prompts,
-            policy=self.policy,
-            engine=engine,
-            engines=self.mesh,
-            batching=self.policy.micro_batching(self.train),
-            temperature=0.8,
-            max_sequence_length=self.max_length,
-            seed=5,
-            tolerance=tolerance_of(config.canary, self.dtype),
-        )
-        return WeightSync(config, self.policy, engine, canary)
-
-    @torch.no_grad()
-    def change(self) -> None:
-        """As an update would: all weights, the same on all ranks."""
-        for _, parameter in self.policy.stage_rows:
-            parameter.mul_(1.05)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for (_, parameter), value in zip(self.policy.stage_rows, self.start, strict=True):
-            parameter.copy_(value)
-
-    def right(self) -> list[dict[str, float]]:
-        """Two syncs of different weights; in small buckets, so that there are several."""
-        self.engine.wake()
-        sync = self.sync(self.engine)
-        reports = [sync.run(1)]
-        self.change()
-        reports.append(sync.run(2))
-        self.restore()
-        return [report.metrics() for report in reports]
+class Job(EngineParts):
+    """Parts that can be spoilt."""
 
     def spoilt(self, sabotage: Sabotage) -> dict[str, Any]:
         """What sees it, and what is said, with all checks and without checksums."""
