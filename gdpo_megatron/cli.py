@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gdpo_megatron import __version__, checkpoint_cli, data_cli
+from gdpo_megatron.certify.arguments import CERTIFY_SUMMARY, add_certify
 from gdpo_megatron.checkpoint_cli import positive
 from gdpo_megatron.config.help import describe
 from gdpo_megatron.config.loader import load_config
@@ -96,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_generate(commands)
     _add_doctor(commands)
+    add_certify(
+        commands.add_parser(
+            "certify",
+            help=CERTIFY_SUMMARY,
+            description=f"{CERTIFY_SUMMARY[0].upper()}{CERTIFY_SUMMARY[1:]}.",
+            allow_abbrev=False,
+        )
+    )
     for name, (summary, add, _) in _FILE_COMMANDS.items():
         description = f"{summary[0].upper()}{summary[1:]}."
         add(commands.add_parser(name, help=summary, description=description, allow_abbrev=False))
@@ -147,6 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(_generate(options))
         if options.command == "doctor":
             sys.exit(_doctor(options))
+        if options.command == "certify":
+            from gdpo_megatron.certify.cli import run_certify
+
+            sys.exit(run_certify(options))
         sys.exit(_FILE_COMMANDS[options.command][2](options))
     except InputError as error:
         for problem in error.problems:
