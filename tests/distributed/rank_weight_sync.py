@@ -92,7 +92,8 @@ class Job(EngineParts):
 
     def failed(self, call: str, kind: str) -> dict[str, Any]:
         """What is said when a call of one engine fails, and the canary of a sync after that."""
-        engine, limit = self.engine, unlimited()
+        limit = unlimited()
+        engine: Any = self.engine
         if dist.get_rank() == 1:
             engine = FailingEngine(self.engine, call, kind, limit)
         sync = self.sync(engine)

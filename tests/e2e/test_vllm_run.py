@@ -113,6 +113,7 @@ def test_rewards_rise_as_with_the_native_engine(quickstart: Path):
                 "group_size": 8,
                 "max_completion_tokens": 48,
             },
+            eval={"max_completion_tokens": 48},
             train={"num_steps": 30, "num_minibatches_per_step": 2, "micro_batch_size": 32},
             optimizer={"lr": 1e-4, "weight_decay": 0.0},
         )

@@ -12,7 +12,7 @@ at each sync.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +77,7 @@ class VllmEngine:
         self._core: Any = self._llm.llm_engine
         # It would end the process group, which is the trainer's.
         self._core.engine_core._finalizer.detach()
+        self._core.engine_core.get_output = self._counted(self._core.engine_core.get_output)
         self._running: dict[str, _Running] = {}
         self._finished: list[FinishedCompletion] = []
         self._sampling: SamplingParams | None = None
@@ -211,8 +212,21 @@ class VllmEngine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
+            # Every token is looked at only where a stop string may be found: that takes time.
+            output_kind=(
+                RequestOutputKind.DELTA if sampling.stop else RequestOutputKind.FINAL_ONLY
+            ),
         )
+
+    def _counted(self, get_output: Callable[[], Any]) -> Callable[[], Any]:
+        """Count the tokens of every step, told or not."""
+
+        def counted() -> Any:
+            step = get_output()
+            self.num_generated_tokens += sum(len(it.new_token_ids) for it in step.outputs)
+            return step
+
+        return counted
 
     def poll(self) -> list[FinishedCompletion]:
         """Generate until something finishes; see RolloutEngine."""
@@ -223,7 +237,6 @@ class VllmEngine:
                 if running is None:  # aborted while it was computed
                     continue
                 (part,) = output.outputs
-                self.num_generated_tokens += len(part.token_ids)
                 if running.take(part.token_ids, part.logprobs.logprobs, self._sampling.stop):
                     if not output.finished:
                         self._core.abort_request([output.request_id])
@@ -235,10 +248,24 @@ class VllmEngine:
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests; see RolloutEngine."""
-        names = [name for name in map(str, request_ids) if name in self._running]
+        wanted = dict.fromkeys(map(str, request_ids))
+        names = [name for name in wanted if name in self._running]
+        for name in names:
+            self._take_untold(name)
         self._core.abort_request(names)
-        for name in dict.fromkeys(names):
+        for name in names:
             self._report(name, "abort")
+
+    def _take_untold(self, name: str) -> None:
+        """Take what a request has so far and vLLM would have told at its end."""
+        assert self._sampling is not None
+        if self._sampling.stop:
+            return  # told with each token
+        processor = self._core.output_processor
+        (inner,) = processor.external_req_ids[name]
+        state, running = processor.request_states[inner], self._running[name]
+        tokens = state.detokenizer.output_token_ids
+        running.take(tokens, state.logprobs_processor.logprobs.logprobs, ())
 
     def _report(self, name: str, reason: FinishReason) -> None:
         running = self._running.pop(name)
