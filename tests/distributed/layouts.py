@@ -73,7 +73,7 @@ def run(
     models: Path,
     engine: Any,
     folder: Path,
-    timeout: float = 300,
+    timeout: float = 900,
 ) -> Results:
     """Run all cases in one launch; what the ranks say is brought together by case."""
     ranks = run_ranks(

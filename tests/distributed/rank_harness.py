@@ -14,6 +14,7 @@ process: a test that measures it names an interpreter.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import functools
 import gc
@@ -52,7 +53,7 @@ def run_ranks(
     folder: Path,
     /,
     *,
-    timeout: float = 300.0,
+    timeout: float = 900.0,
     python: str | None = None,
     **arguments: Any,
 ) -> list[Any]:
@@ -104,7 +105,7 @@ def _under_torchrun(
         process = subprocess.Popen(command, env=_environment(), stdout=stream, stderr=stream)
         try:
             # A rank that hangs ends itself at `timeout` and says where it was.
-            return process.wait(timeout + 15)
+            return process.wait(timeout + 60)
         except subprocess.TimeoutExpired:
             return None
         finally:
@@ -136,7 +137,7 @@ def _forked(task: str, world_size: int, folder: Path, timeout: float) -> int | N
         parent.stdin.write(json.dumps(request).encode() + b"\n")
         parent.stdin.flush()
         # A rank that hangs ends itself at `timeout` and says where it was.
-        answer = _line_of(parent, timeout + 15)
+        answer = _line_of(parent, timeout + 60)
     finally:
         if not answer:  # it hangs, is gone, or the tests are being interrupted
             _parent_of_ranks.cache_clear()
@@ -181,7 +182,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
     for child in family:
-        if child.is_running():
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
 
 

@@ -46,7 +46,7 @@ def run(
         f"rank_fp8:{task}",
         world_size,
         folder,
-        timeout=240,
+        timeout=900,
         models=str(models),
         cases=list(cases.values()),
         engine=engine,

@@ -5,13 +5,13 @@ One rank; layouts and the check itself are in tests/distributed/test_fp8.py.
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.jobs import Ended, read_jsonl, running
+from support.ports import group_of_one
 
 from gdpo_megatron.config import yaml_text
 
@@ -60,11 +60,9 @@ def make_run(folder: Path, quickstart: Path, **check: Any) -> None:
 
 
 def run(folder: Path, job: str, *overrides: str) -> Ended:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _store, described = group_of_one()
     command = [sys.executable, str(folder / "worker.py"), job, str(folder / f"{job}.yaml")]
-    with running([*command, *overrides], MASTER_PORT=str(port)) as worker:
+    with running([*command, *overrides], **described) as worker:
         return worker.wait()
 
 

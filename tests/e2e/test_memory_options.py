@@ -46,7 +46,7 @@ def train(folder: Path, options: dict[str, object]) -> list[dict[str, float]]:
     command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "GDPO_ASSETS": str(ASSETS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return metrics(folder)

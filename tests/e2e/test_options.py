@@ -38,7 +38,7 @@ def _train(folder: Path, **options: object) -> dict[str, float]:
     command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "GDPO_ASSETS": str(ASSETS), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     asked = options.get("logging__compare_plan") != "false"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ from gdpo_megatron.rollout.base import (
 )
 from gdpo_megatron.rollout.native import NativeEngine
 from gdpo_megatron.types import Completion, FinishReason
+from support.ports import group_of_one
 
 ONE_RANK = EngineMesh(replica=0, num_replicas=1, tp_rank=0, tp_size=1, tp_group=None)
 
@@ -105,12 +105,9 @@ def native_engine(
 @contextmanager
 def one_rank() -> Iterator[None]:
     """A process group of this process alone, as torchrun would have described it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    described = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    _store, described = group_of_one()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**described, "MASTER_PORT": str(port)}.items():
+        for name, value in described.items():
             patch.setenv(name, value)
         platform = detect_platform()
         platform.setup(0)

@@ -10,12 +10,17 @@ import pytest
 from gdpo_megatron.rewards import suite
 from support import told_time
 
+_TESTS = str(Path(__file__).parents[1])
+POOL_COMMAND = (
+    sys.executable,
+    "-c",
+    f"import sys; sys.path.insert(0, {_TESTS!r})\n"
+    "from support import told_pool; told_pool.pool.main()",
+)
+
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Suites whose calls take as long as they say."""
     monkeypatch.setenv(told_time.FOLDER, str(tmp_path_factory.mktemp("told")))
-    tests = str(Path(__file__).parents[1])
-    start = f"import sys; sys.path.insert(0, {tests!r}); from support import told_pool"
-    command = (sys.executable, "-c", f"{start}; told_pool.pool.main()")
-    monkeypatch.setattr(suite, "POOL_COMMAND", command)
+    monkeypatch.setattr(suite, "POOL_COMMAND", POOL_COMMAND)

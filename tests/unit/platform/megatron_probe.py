@@ -13,7 +13,6 @@ import ast
 import json
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 import warnings
@@ -187,11 +186,10 @@ def _report(folder: Path) -> dict[str, Any]:
 
 def _child(case: str, folder: Path, connection: Any) -> None:
     warnings.simplefilter("ignore")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    # As under torchrun: a port that is chosen now and opened later may be another's by then.
+    os.environ |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with _take_away(case):
         connection.send(_report(folder))
 

@@ -231,7 +231,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
