@@ -12,6 +12,7 @@ rank failed or a node is gone, 143 ended by a signal.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -131,7 +133,7 @@ class NodeAgent:
         except SignalException as error:
             self._logs.finish()
             return INTERRUPTED if self._interrupted() else 128 + error.sigval
-        except RendezvousError as error:
+        except (RendezvousError, DistError, OSError) as error:
             self._logs.finish()
             cause = error.__cause__ or error
             say([f"the nodes have not met at {self._place}: {type(cause).__name__}: {cause}"])
@@ -201,9 +203,11 @@ class NodeAgent:
             self._watch.close()
         own = by_cause(self._failure(rank, it) for rank, it in failures.items())
         reason = "" if self._watch is None else self._watch.reason
+        if reason:
+            own = [it for it in own if it.recorded]  # the others were ended from here
         reports = self._reports(NodeReport(reason=reason, failures=own))
         told = by_cause(it for report in reports if report for it in report.failures)
-        if not reason and own[0].code == SAID and (told[0].code == SAID):
+        if not reason and own[0].code == SAID and told[0].code == SAID:
             first = reports[0]
             elsewhere = first.failures[0].problems if self._node and first else []
             say([it for it in dict.fromkeys(own[0].problems) if it not in elsewhere])
@@ -274,6 +278,9 @@ def _leave(code: int) -> None:
 
 def main() -> None:
     """Run torchrun with this process's arguments."""
+    # It tells of one failed rank of this node, perhaps of one that followed from another's.
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    logger.addFilter(lambda record: not str(record.msg).startswith("failed (exitcode"))
     given = parse_args(sys.argv[1:])
     if given.standalone:  # as torchrun does it
         given.rdzv_backend, given.rdzv_endpoint = "c10d", "localhost:0"

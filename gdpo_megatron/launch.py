@@ -68,8 +68,11 @@ def torchrun_command(
         command += ["--standalone"]
     elif options.node_rank is None:
         command += ["--rdzv-backend=c10d", f"--rdzv-endpoint={options.rdzv_endpoint}"]
-        is_host = ",is_host=true" if way is not None and way.is_there else ""
-        command += [f"--rdzv-id=gdpo-{options.rdzv_endpoint}", f"--rdzv-conf={_MEETING}{is_host}"]
+        conf = _MEETING
+        if way is not None and way.is_there is not None:
+            # Not told, torch looks up this machine's own name, which need not be known.
+            conf += f",is_host={str(way.is_there).lower()}"
+        command += [f"--rdzv-id=gdpo-{options.rdzv_endpoint}", f"--rdzv-conf={conf}"]
         if way is not None:
             command += [f"--local-addr={way.address}"]
     else:

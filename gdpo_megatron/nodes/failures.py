@@ -11,6 +11,7 @@ import json
 import os
 import select
 import signal
+import textwrap
 import threading
 import time
 import traceback
@@ -77,7 +78,9 @@ class RankFailure:
     @property
     def what(self) -> str:
         """One line."""
-        return self.lines[-1].strip() if self.recorded and self.lines else self.ended_by
+        if not (self.recorded and self.lines):
+            return self.ended_by
+        return textwrap.shorten(self.lines[-1], 160, placeholder=" ...")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import platform as python_platform
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -66,8 +66,8 @@ class NodeFacts:
     host: str
     nproc: int
     devices: int | None
-    versions: Mapping[str, str]
-    config: Mapping[str, str]
+    versions: dict[str, str]
+    config: dict[str, str]
     run_dir: str
     disk_free: int
     disk_needed: int

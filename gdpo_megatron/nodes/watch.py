@@ -22,7 +22,7 @@ import psutil
 from gdpo_megatron.nodes.failures import NodeReport
 from gdpo_megatron.nodes.meeting import Meeting, within
 
-ENDING_SECONDS = 20.0
+ENDING_SECONDS = 25.0
 """From noticing to the end of the launcher, at most."""
 
 _BEAT_SECONDS = 2.0
@@ -32,7 +32,7 @@ _GRACE_SECONDS = 4.0
 _LEAVE_SECONDS = 6.0
 """For the launcher to end by itself, once its ranks are gone."""
 
-_REPORT_SECONDS = 6.0
+_REPORT_SECONDS = 10.0
 """For other nodes to report, before it is said what came first."""
 
 
@@ -59,7 +59,7 @@ class Watch:
         give_up: Callable[[], None],
     ):
         self.reason = ""
-        """Why this node's ranks were ended; empty as long as they were not."""
+        """Why this node's ranks were ended from here; empty as long as they were not."""
         self._meeting = meeting
         self._hosts = hosts
         self._place = place
@@ -70,6 +70,7 @@ class Watch:
         self._cut = False
         self._reported: list[NodeReport | None] = [None] * meeting.num_nodes
         self._closed = threading.Event()
+        self._telling = meeting.beside()  # a connection that is made when there is a network
         meeting.say("end", "")
         meeting.gather("beat", "0")
         meeting.hear("end")
@@ -94,7 +95,7 @@ class Watch:
         return list(self._reported)
 
     def _exchange(self, own: NodeReport) -> None:
-        meeting = self._meeting.beside()
+        meeting = self._telling
         meeting.say("end", own.dump())
         end = time.monotonic() + _REPORT_SECONDS
         # One of them keeps what all have told, so it stays until they have heard it.

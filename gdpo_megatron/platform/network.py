@@ -15,12 +15,13 @@ class Way:
     Args:
         address: its own, as the other one sees it.
         interface: network interface.
-        is_there: whether this machine is the other one, by an address that no other can have.
+        is_there: whether this machine is the other one; None where the way is the loopback, which
+            each machine has, and several launchers on one.
     """
 
     address: str
     interface: str
-    is_there: bool
+    is_there: bool | None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -52,5 +53,5 @@ def way_to(endpoint: str) -> Way | None:
         for interface, addresses in psutil.net_if_addrs().items():
             if any(it.address.split("%")[0] == address for it in addresses):
                 loopback = address.startswith("127.") or address == "::1"
-                return Way(address, interface, is_there=address == there[0] and not loopback)
+                return Way(address, interface, None if loopback else address == there[0])
     return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.jobs import cli, read_jsonl, running
+from support.jobs import SECONDS, cli, read_jsonl, running
 
 from gdpo_megatron.config import yaml_text
 from gdpo_megatron.config.loader import load_config
@@ -59,12 +60,62 @@ def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path, quickstart: Path):
         second = job.workers()[1]
         second.kill()
         ended = job.wait()
-        assert ended.code not in (0, 2, 130)
-        # torchrun names the rank that was the first to go.
-        assert f"pid: {second.pid}" in ended.output and "SIGKILL" in ended.output
-        _, alive = psutil.wait_procs(processes, timeout=240)
-        assert not alive
+        assert_gone(processes)
+    assert ended.code == 1
+    # The rank that was the first to go comes first; that the other one lost it, in a line after it.
+    said = ended.output[ended.output.index("gdpo-megatron: the first to fail") :].splitlines()
+    assert f"rank 1 on node 0 ({socket.gethostname()}, pid: {second.pid})" in said[0]
+    assert said[0].endswith("SIGKILL")
+    after = next(line for line in said[1:] if "after it" in line)
+    assert "after it, rank 0 on node 0: " in after
+    assert "Traceback" not in ended.output
+    (log,) = (tmp_path / "run/logs").iterdir()
+    assert f"({log}/node0/rank0.err)" in after
+    # What was shown is in the files as well, and what was not: where rank 0 has noticed it.
+    assert "s/step" in (log / "node0/rank0.out").read_text()
+    assert "Traceback" in (log / "node0/rank0.err").read_text()
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+END: dict[str, tuple[signal.Signals, int]] = {
+    "Ctrl-C": (signal.SIGINT, 130),
+    "SIGTERM": (signal.SIGTERM, 130),
+    "SIGKILL": (signal.SIGKILL, -signal.SIGKILL),
+}
+"""How a launcher is ended, and its exit code."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", list(END))
+def test_a_launcher_that_is_ended_takes_all_that_is_its_own_along(
+    tmp_path: Path, quickstart: Path, how: str
+):
+    """Its torchrun, ranks and their reward workers; not a neighbour of the same name."""
+    path = write_config(tmp_path, quickstart, train={"num_steps": 100_000})
+    number, code = END[how]
+    neighbour = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()", "gdpo_megatron.worker", str(path)],
+        stdin=subprocess.PIPE,
+    )
+    try:
+        with running(cli("train", path, "--nproc", "2")) as job:
+            job.wait_for("s/step")
+            processes, ranks = job.family(), job.workers()
+            below = [it for rank in ranks for it in rank.children(recursive=True)]
+            assert len(ranks) == 2 and len(below) >= 4  # two reward workers for each engine
+            job.process.send_signal(number)
+            ended = job.wait()
+            assert_gone(processes)
+        assert ended.code == code
+        assert neighbour.poll() is None
+    finally:
+        neighbour.communicate()
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """After a while: a rank that is told to end finishes its step, and saves."""
+    _, alive = psutil.wait_procs(processes, timeout=SECONDS)
+    assert not alive, alive
 
 
 def start_of_nodes(path: Path, **environment: str) -> tuple[list[str], dict[str, str]]:
@@ -193,3 +244,9 @@ def predicted_bytes(path: Path) -> tuple[int, int]:
         found=validate("train", config, path.parent, 2),
     )
     return checkpoint_bytes(situation), export_bytes(situation)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -69,7 +69,10 @@ def test_nodes_without_a_number_get_ranks_as_they_come():
     assert "--local-addr=10.0.0.1" in there
     assert "--rdzv-conf=join_timeout=900,read_timeout=900,is_host=true" in there
     elsewhere = torchrun_command(options, [], Way("10.0.0.2", "eth0", is_there=False))
-    assert "--local-addr=10.0.0.2" in elsewhere and not any("is_host" in it for it in elsewhere)
+    assert "--local-addr=10.0.0.2" in elsewhere
+    assert "--rdzv-conf=join_timeout=900,read_timeout=900,is_host=false" in elsewhere
+    unknown = torchrun_command(options, [], Way("127.0.0.1", "lo", is_there=None))
+    assert not any("is_host" in it for it in unknown)
 
 
 def test_what_the_user_set_stays_in_the_environment():
@@ -87,7 +90,7 @@ def test_the_way_to_a_node_is_the_kernels():
     way = way_to("127.0.0.1:29500")
     assert way is not None
     # Each machine is the loopback's other end: that says nothing about where the nodes meet.
-    assert (way.address, way.is_there) == ("127.0.0.1", False)
+    assert (way.address, way.is_there) == ("127.0.0.1", None)
     assert "127.0.0.1" in {it.address for it in psutil.net_if_addrs()[way.interface]}
     assert way_to("no.such.host.invalid:29500") is None
     assert way_to("127.0.0.1:port") is None
