@@ -60,7 +60,6 @@ from gdpo_megatron.update import (
 from gdpo_megatron.weight_sync import (
     Canary,
     SyncFault,
-    SyncReport,
     WeightSync,
     tolerance_of,
 )
@@ -199,7 +198,7 @@ class GDPOTrainer:
             if start:
                 self.display.message(f"resumed after step {start}")
             while self.step < train.num_steps and not stopping:
-                began, broken = time.perf_counter(), None
+                began, broken, fault = time.perf_counter(), None, None
                 with self.profiler.step(self.step + 1):
                     values, summary = self.train_step()
                 self.step += 1
@@ -210,12 +209,16 @@ class GDPOTrainer:
                         broken = evaluation.broken
                     except EngineFailure as error:
                         broken = error
+                    except SyncFault as error:
+                        fault = error
                 seconds = self.timers.take()
                 values |= {f"time/{name}_seconds": s for name, s in seconds.items()}
                 values["time/step_seconds"] = time.perf_counter() - began
                 values |= self.memory.take()
                 # Logged before it is saved: a step that a resumed run does not repeat is on record.
                 self.metrics.log(self.step, values)
+                if fault is not None:
+                    raise self._unsynced(fault)
                 stopping = self.interrupt.agreed()
                 last = stopping or self.step == train.num_steps
                 if last or (save_interval and self.step % save_interval == 0):
@@ -243,7 +246,10 @@ class GDPOTrainer:
         """Take one step; returns its metrics, and those that a person watches."""
         before = self.collector.state()
         with self._phase("weight_sync"):
-            sync = self._sync()
+            try:
+                sync = self.weight_sync.run(self.policy_version)
+            except SyncFault as error:
+                raise self._unsynced(error) from None
         with self._phase("rollout"):
             try:
                 collected = self.collector.collect(self.step, self.advantage_config, self.display)
@@ -269,16 +275,13 @@ class GDPOTrainer:
         summary["tokens/s"] = values["rollout/tokens_per_second"]
         return values, summary
 
-    def _sync(self) -> SyncReport:
-        """Give the engine the policy's weights, and prove it."""
-        try:
-            return self.weight_sync.run(self.policy_version)
-        except SyncFault as error:
-            if error.weights_are_finite:
-                raise self._saved(error) from None
-            steps = self.checkpoints.steps()
-            last = f"the last one is of step {steps[-1]}" if steps else "there is none"
-            raise InputError([*error.problems, f"no checkpoint is made of them; {last}"]) from None
+    def _unsynced(self, error: SyncFault) -> InputError:
+        """Save the run before it ends because the engine has not got the policy's weights."""
+        if error.weights_are_finite:
+            return self._saved(error)
+        steps = self.checkpoints.steps()
+        last = f"the last one is of step {steps[-1]}" if steps else "there is none"
+        return InputError([*error.problems, f"no checkpoint is made of them; {last}"])
 
     def _advantages(
         self, batch: RolloutBatch, kept: Sequence[int], values: dict[str, float]
@@ -418,7 +421,7 @@ class GDPOTrainer:
     def _evaluate(self) -> Evaluation:
         assert self.evaluator is not None
         with self._phase("eval"):
-            self._sync()
+            self.weight_sync.run(self.policy_version)
             result = self.evaluator.run(
                 f"step_{self.step:08d}",
                 {"step": self.step, "policy_version": self.policy_version},
