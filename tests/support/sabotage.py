@@ -143,7 +143,7 @@ def _transposed_columns(tensors: list[Named]) -> Iterable[Named]:
     return tensors
 
 
-def _wrong_heads(_: Any) -> AbstractContextManager[Any]:
+def wrong_heads(_: Any) -> AbstractContextManager[Any]:
     """Queries, keys and values as if they lay one after the other."""
 
     def split(self: QKV, full: Tensor, arch: Any) -> list[Tensor]:
@@ -232,7 +232,7 @@ SABOTAGES: dict[str, Sabotage] = {
     "swapped": Sabotage("checksum", "canary", GATE, policy=_stream(_swapped)),
     "one_bit": Sabotage("checksum", "canary", DOWN, policy=_stream(_one_bit)),
     "columns_swapped": Sabotage("checksum", "canary", DOWN, policy=_stream(_transposed_columns)),
-    "qkv_interleaved": Sabotage("checksum", "canary", QUERY, policy=_wrong_heads),
+    "qkv_interleaved": Sabotage("checksum", "canary", QUERY, policy=wrong_heads),
     "ranks_swapped": Sabotage("checksum", "canary", QUERY, policy=_wrong_ranks, layouts=("tp2",)),
     "not_a_number": Sabotage("finite", "finite", DOWN, policy=_not_a_number),
     "replicas": Sabotage("replicas", None, "embed_tokens", policy=_one_replica, layouts=("dp2",)),

@@ -1,0 +1,105 @@
+"""What README and docs say of the committed certificates, between two marks of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdpo_megatron.certify.certificate import read_certificate, where
+from gdpo_megatron.certify.check import Measured
+from gdpo_megatron.certify.checks import CHECKS
+
+BEGIN = "<!-- certificates: made by tools/write_docs.py -->"
+END = "<!-- end of certificates -->"
+
+COLUMNS = {"cpu": "CPU", "gpu": "GPU"}
+"""File in docs/certificates -> head of its column; a file that is not there was not executed."""
+
+Certificates = Mapping[str, Mapping[str, Any]]
+
+
+def read_certificates(folder: Path) -> Certificates:
+    """Those of COLUMNS that are there, by file name."""
+    paths = {name: folder / f"{name}.json" for name in COLUMNS}
+    return {name: read_certificate(path) for name, path in paths.items() if path.is_file()}
+
+
+def fill(page: str, lines: Sequence[str]) -> str:
+    """The page with other lines between its marks.
+
+    Raises:
+        ValueError: it has not both marks once.
+    """
+    if page.count(BEGIN) != 1 or page.count(END) != 1:
+        raise ValueError(f"the page needs the lines '{BEGIN}' and '{END}', once each")
+    head, rest = page.split(BEGIN)
+    return "\n".join([f"{head}{BEGIN}", *lines, END]) + rest.split(END)[1]
+
+
+def summary(certificates: Certificates) -> Iterator[str]:
+    """Lines of README's table: a row for each check, a column for each kind of machine."""
+    machines = [
+        f"{head}: {where(certificates[name])}, {certificates[name]['date'][:10]}"
+        for name, head in COLUMNS.items()
+        if name in certificates
+    ]
+    yield f"`gdpo-megatron certify` ([docs/certify.md](docs/certify.md)). {'; '.join(machines)}."
+    yield ""
+    yield f"| check | proves | {' | '.join(COLUMNS.values())} |"
+    yield "|---" * (2 + len(COLUMNS)) + "|"
+    for check in CHECKS:
+        cells = [_cell(certificates.get(name), check.name) for name in COLUMNS]
+        yield f"| `{check.name}` | {check.proves} | {' | '.join(cells)} |"
+
+
+def _cell(certificate: Mapping[str, Any] | None, check: str) -> str:
+    found = _of(certificate, check)
+    if found is None:
+        return "not executed"
+    return f"pass, {found['seconds']:.0f} s" if found["status"] == "pass" else found["status"]
+
+
+def _of(certificate: Mapping[str, Any] | None, check: str) -> Mapping[str, Any] | None:
+    return next((it for it in (certificate or {}).get("checks", ()) if it["check"] == check), None)
+
+
+def numbers(certificates: Certificates) -> Iterator[str]:
+    """Lines of docs/certify.md: of each check the number that comes nearest to its bound."""
+    for name, certificate in certificates.items():
+        machine, project = certificate["machine"], certificate["project"]
+        commit = (project["commit"] or "no checkout")[:12]
+        packages = machine["packages"]
+        versions = ", ".join(
+            f"{it} {packages[it]}"
+            for it in ("torch", "megatron-core", "transformers")
+            if it in packages
+        )
+        yield (
+            f"`docs/certificates/{name}.json`, {certificate['date']}: {where(certificate)}, "
+            f"{machine['processor']}; {versions}; commit {commit}"
+            + (", with changes" if project["modified"] else "")
+            + "."
+        )
+        yield ""
+        yield "| check | ended | seconds | numbers | nearest to its bound |"
+        yield "|---|---|---|---|---|"
+        for found in certificate["checks"]:
+            said = found["reason"] or _nearest(found)
+            said = "; ".join([said, *found["notes"]]) if found["notes"] else said
+            yield (
+                f"| `{found['check']}` | {found['status']} | {found['seconds']:.0f} "
+                f"| {len(found['measured'])} | {said} |"
+            )
+
+
+def _nearest(found: Mapping[str, Any]) -> str:
+    upper = [
+        Measured(it["name"], float(it["value"]), it["relation"], it["bound"])
+        for it in found["measured"]
+        if it["relation"] == "<=" and it["bound"] > 0
+    ]
+    if not upper:
+        return "all as it must be"
+    nearest = max(upper, key=lambda it: it.value / it.bound)
+    return f"{nearest.name}: {nearest.value:.2g} of {nearest.bound:.2g}"
