@@ -7,11 +7,19 @@ engine with weights of its own must do. Times are medians over the repetitions; 
 kernel's VmHWM during syncs above VmRSS before them, the engine's weights being there in both.
 
     OMP_NUM_THREADS=1 python tools/bench_weight_sync.py
+
+With --run it measures what the proof costs in training: the quickstart's task, with its model and
+one of 47 M parameters, by the command that users type. Every other sync has all checks; what these
+take longer than the others, over the seconds of a step and the default interval, is the share. All
+of it is from one run, in which checked and unchecked steps alternate.
+
+    OMP_NUM_THREADS=1 python tools/bench_weight_sync.py --run [--engine vllm]
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -56,6 +64,24 @@ CHECKS = {
     "with canary": (0, 1),
 }
 """Case -> (checksum_interval, canary.interval)."""
+
+
+EVERY = 2  # syncs from one that is checked to the next, with --run
+RUNS: dict[str, tuple[dict[str, int], int, int]] = {
+    "quickstart": ({}, 16, 14),
+    "47 M": (
+        {
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+        },
+        4,
+        8,
+    ),
+}
+"""Name -> (changes of the quickstart's model, prompts of a step, steps)."""
 
 
 def rank(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +235,84 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
 
 
+def run_share(name: str, engine: str, nproc: int) -> dict[str, float]:
+    """Train, and compare the steps whose sync was checked with the others."""
+    from gdpo_megatron.config.weight_sync import WeightSyncConfig
+
+    usual = WeightSyncConfig()
+    assert usual.checksum_interval == usual.canary.interval, "one share of both"
+    changes, num_prompts, num_steps = RUNS[name]
+    script = Path(__file__).parents[1] / "examples/quickstart/make_data.py"
+    spec = importlib.util.spec_from_file_location("make_data", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        module.make_quickstart_data(folder, seed=1)
+        model = folder / "model/config.json"
+        model.write_text(json.dumps(json.loads(model.read_text()) | changes))
+        rewards = ("format", "correctness")
+        config = {
+            "run_dir": "run",
+            "model": {"hf_path": "model", "init": "random", "max_sequence_length": 128},
+            "data": {"train": "train.jsonl"},
+            "rewards": [{"name": it, "type": f"tool_call_{it}"} for it in rewards],
+            "rollout": {
+                "engine": engine,
+                "num_prompts_per_step": num_prompts,
+                "group_size": 8,
+                "max_completion_tokens": 48,
+            },
+            "weight_sync": {"checksum_interval": EVERY, "canary": {"interval": EVERY}},
+            "optimizer": {"lr": 1e-4, "weight_decay": 0.0},
+            "train": {
+                "num_steps": num_steps,
+                "num_minibatches_per_step": 2,
+                "micro_batch_size": 32,
+            },
+            "checkpoint": {"save_interval": 0, "export_hf": False},
+            "logging": {"tensorboard": False},
+        }
+        (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML too
+        command = [sys.executable, "-m", "gdpo_megatron.cli", "train"]
+        command += [str(folder / "config.yaml"), "--nproc", str(nproc)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        if done.returncode:
+            raise SystemExit(done.stdout[-4000:] + done.stderr[-4000:])
+        lines = (folder / "run/metrics.jsonl").read_text().splitlines()
+    # The first two syncs are checked by all means, and the first steps are not like the others.
+    steps = [json.loads(line) for line in lines][2:]
+
+    def median(key: str, checked: bool) -> float:
+        rows = [it for it in steps if ("weight_sync/canary_seconds" in it) == checked]
+        return statistics.median(it[key] for it in rows)
+
+    syncs = [median("time/weight_sync_seconds", checked) for checked in (False, True)]
+    step = median("time/step_seconds", False)
+    return {
+        "step": step,
+        "sync": syncs[0],
+        "checks": syncs[1] - syncs[0],
+        "share": (syncs[1] - syncs[0]) / usual.canary.interval / step,
+    }
+
+
+def print_shares(engine: str, nproc: int) -> None:
+    """Print the table of --run."""
+    print(f"{nproc} ranks, {os.cpu_count()} cores\n")
+    print("| engine | model | step s | sync s | all checks s | share of a step at the default |")
+    print("|---|---|---:|---:|---:|---:|")
+    for name in RUNS:
+        it = run_share(name, engine, nproc)
+        print(
+            f"| {engine} | {name} | {it['step']:.2f} | {it['sync']:.3f} | {it['checks']:+.3f} "
+            f"| {it['share']:.3%} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -218,12 +322,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="default: all")
     parser.add_argument("--tiny", action="store_true", help="to see that the tool works")
+    parser.add_argument("--run", action="store_true", help="what the proof costs in training")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks, with --run")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
         measured = rank(options.rank, json.loads((options.rank / "case.json").read_text()))
         if os.environ["RANK"] == "0":
             (options.rank / "result.json").write_text(json.dumps(measured))
+        return
+    if options.run:
+        print_shares(options.engine, options.nproc)
         return
     model = MODEL | ({"num_hidden_layers": 2, "vocab_size": 512} if options.tiny else {})
     print(

@@ -3,6 +3,7 @@
 The engine is the native one with a fault, named in the config as ./engine.py:factory. One run meets
 the faults one after the other; in the end it must be the run that met none. It also leaves out the
 longest completions, carried over or not, so that what a checkpoint keeps of them is on the way.
+A weight sync that hangs is met by another.
 Not covered: a GPU, where memory that is exhausted may leave a context in which nothing can be
 saved; the checkpoint before then is what the run goes on from.
 """
@@ -53,7 +54,22 @@ def factory(setup):
             return finished
         return poll()
 
-    engine.poll = faulty
+    load_weights = engine.load_weights
+
+    def faulty_load(tensors, version):
+        # [rank, policy version, "load_weights", fault]
+        at, tensors = json.loads((FOLDER / "fault.json").read_text()), iter(tensors)
+        if at and at[:3] == [rank, version, "load_weights"]:
+            next(tensors)
+            while True:
+                try:
+                    time.sleep(1)
+                except Exception:
+                    if at[3] == "stall":
+                        raise
+        load_weights(tensors, version)
+
+    engine.poll, engine.load_weights = faulty, faulty_load
     return engine
 """,
 }
@@ -169,7 +185,7 @@ def test_a_rank_whose_partner_is_gone_does_not_wait_for_it(tmp_path: Path, quick
         processes = job.family()
         ended = job.wait()
         assert ended.code not in (0, 130), ended.output
-        _, alive = psutil.wait_procs(processes, timeout=60)
+        _, alive = psutil.wait_procs(processes, timeout=240)
         assert not alive
     assert "RuntimeError: the worker of the engine is gone; its traceback is above" in ended.output
     stacks = tmp_path / "run/stalled_rank_00000.txt"
@@ -182,3 +198,43 @@ def test_a_rank_whose_partner_is_gone_does_not_wait_for_it(tmp_path: Path, quick
     (first,) = read_jsonl(tmp_path / "run/metrics.jsonl")
     assert first["long_tail/num_aborted"] == 2 and first["completion/aborted_share"] == 0.125
     assert first["update/num_loss_rows"] == 14
+
+
+@pytest.mark.full
+def test_a_sync_that_hangs(tmp_path: Path, quickstart: Path):
+    """First so that an exception ends it, then so that nothing does; then the engine is mended."""
+    path, run = make_run(tmp_path, quickstart), tmp_path / "run"
+    command = cli("train", path, "--nproc", "2")
+
+    def ended_by(fault: str, told: str) -> tuple[int, str]:
+        (tmp_path / "fault.json").write_text(json.dumps([1, 2, "load_weights", fault]))
+        with running(command) as job:
+            job.wait_for(told)
+            processes = job.family()
+            ended = job.wait()
+            _, alive = psutil.wait_procs(processes, timeout=240)
+            assert not alive
+        return ended.code, ended.output
+
+    code, output = ended_by("stall", "the engine failed in load_weights")
+    assert code == 2, output
+    assert (
+        "weight sync of version 2, engine (rank 1): the engine failed in load_weights: "
+        "EngineStalled: no progress of load_weights for 30 s (rollout.stall_timeout_seconds)"
+    ) in output
+    assert "the run is saved after step 2; the same command goes on there" in output
+
+    code, output = ended_by("stall that no exception ends", "the rollout engine of rank 1 hangs")
+    assert code not in (0, 2, 130), output
+    stacks = run / "stalled_rank_00001.txt"
+    assert (
+        "the rollout engine of rank 1 hangs: no progress of load_weights for 60 s "
+        "(rollout.stall_timeout_seconds 30), and it cannot be interrupted; its stacks are in "
+        f"{stacks}; the same command goes on from the checkpoint of step 2"
+    ) in output
+    assert "in faulty_load" in stacks.read_text()
+
+    (tmp_path / "fault.json").write_text("null")
+    ended = run_job("train", path, "--nproc", "2")
+    assert ended.code == 0, ended.output
+    assert [it["step"] for it in read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4]

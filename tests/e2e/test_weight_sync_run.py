@@ -1,4 +1,4 @@
-"""A run proves its syncs as it says, and one whose canary fails is saved and stops.
+"""A run proves its syncs as it says, and one whose canary fails is saved and stops; its memory.
 
 What the proof sees is in tests/distributed/test_weight_sync.py.
 """
@@ -11,6 +11,7 @@ import pytest
 from support.jobs import read_jsonl, run_job
 
 from gdpo_megatron.config import yaml_text
+from gdpo_megatron.platform.memory import host_probe
 
 
 @pytest.mark.distributed
@@ -39,6 +40,11 @@ def test_run(tmp_path: Path, quickstart: Path) -> None:
     assert steps[0]["weight_sync/canary_num_tokens"] == 4 * 5
     assert steps[0]["weight_sync/num_checksums"] == steps[0]["weight_sync/num_resident"] > 20
     assert 0 <= steps[4]["weight_sync/canary_max_logprob_diff"] < 1e-5
+    # Each phase's peak, where this kernel has them.
+    phases = ["weight_sync", "rollout", "logprobs", "update"] if host_probe().forget else []
+    for it in steps:
+        peaks = [it[f"memory/{phase}/host_peak_bytes"] for phase in phases]
+        assert all(2**26 < peak <= it["memory/host_peak_bytes"] for peak in peaks)
 
     stopped = run_job(
         *command, "--train.num_steps", "6", "--weight_sync.canary.max_logprob_diff", "1e-30"
