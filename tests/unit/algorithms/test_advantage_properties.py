@@ -30,7 +30,7 @@ def tokens_of(rewards: RewardMatrix) -> torch.Tensor:
     return torch.arange(len(rewards.group_ids)) * 13 % 7 + 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(), configs, st.integers(1, 4), st.randoms(use_true_random=False))
 def test_shards_in_any_arrangement_give_the_same_bits(rewards, config, num_ranks, random):
     """Rows dealt to ranks, gathered by sample id: not one bit depends on who had which row."""
@@ -44,7 +44,7 @@ def test_shards_in_any_arrangement_give_the_same_bits(rewards, config, num_ranks
     assert torch.equal(whole.per_reward, again.per_reward)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(), configs, st.randoms(use_true_random=False))
 def test_interleaving_groups_changes_no_bit(rewards, config, random):
     """As long as the order inside each group stays, sums are formed in the same order."""
@@ -63,7 +63,7 @@ def test_interleaving_groups_changes_no_bit(rewards, config, random):
     assert torch.equal(plain.advantages[order], mixed.advantages)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(), configs, st.randoms(use_true_random=False))
 def test_row_order_does_not_matter(rewards, config, random):
     order = torch.tensor(random.sample(range(len(rewards.group_ids)), len(rewards.group_ids)))
@@ -101,7 +101,7 @@ def test_row_order_and_threads_on_a_large_batch(estimator):
     assert torch.equal(together.combined[cut:], alone.combined)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices())
 def test_gdpo_is_the_formula(rewards):
     weights = [0.5, 2.0, 1.0, -1.0][: len(rewards.names)]
@@ -111,7 +111,7 @@ def test_gdpo_is_the_formula(rewards):
     torch.testing.assert_close(ours, slow, rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     reward_matrices(),
     st.sampled_from([0.01, 0.5, 3.0, 1000.0]),
@@ -135,7 +135,7 @@ def test_affine_change_of_one_reward_and_common_weight_change_nothing(rewards, a
     torch.testing.assert_close(plain, other, rtol=1e-6, atol=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(missing=True), st.sampled_from(["gdpo", "grpo", "grpo_no_std"]))
 def test_each_group_sums_to_zero_before_the_batch_norm(rewards, estimator):
     batch = compute_advantages(rewards, AdvantageConfig(estimator=estimator, batch_norm="none"))
@@ -148,14 +148,14 @@ def test_each_group_sums_to_zero_before_the_batch_norm(rewards, estimator):
         )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices())
 def test_sequence_batch_norm_flips_no_sign_and_wakes_no_dead_group(rewards):
     batch = compute_advantages(rewards, AdvantageConfig())
     assert torch.equal(batch.advantages.sign(), batch.combined.sign())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(), st.sampled_from(ESTIMATORS))
 def test_a_missing_entry_never_makes_anything_non_finite(rewards, estimator):
     batch = compute_advantages(rewards, AdvantageConfig(estimator=estimator))
@@ -168,7 +168,7 @@ def test_a_missing_entry_never_makes_anything_non_finite(rewards, estimator):
     assert all(torch.isfinite(torch.tensor(list(batch.stats.values()))))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(), st.sampled_from(ESTIMATORS))
 def test_unscored_rows_leave_the_others_alone(rewards, estimator):
     """Adding rows without any score changes no bit of the others."""
@@ -185,7 +185,7 @@ def test_unscored_rows_leave_the_others_alone(rewards, estimator):
     assert more.advantages[-2:].tolist() == [0.0, 0.0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(reward_matrices(missing=False), st.sampled_from(sorted(PRESETS)))
 def test_constant_groups_are_exactly_zero_in_every_preset(rewards, preset):
     """Constant at any value, 0.1 and 0.7 in float32 included, the group stage is 0.0."""
@@ -237,7 +237,7 @@ def test_one_reward_is_grpo_followed_by_the_batch_stage():
     torch.testing.assert_close(gdpo.combined, plain.advantages)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     reward_matrices(max_rewards=1),
     st.sampled_from(["mean", "leave_one_out"]),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gdpo_megatron.algorithms import Refill, decide_groups
@@ -129,7 +129,6 @@ def test_surplus_is_counted_and_left():
     assert refill.metrics()["num_groups_surplus"] == 1
 
 
-@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 5), st.randoms(use_true_random=False))
 def test_refill_always_ends_and_never_overfills(target, max_rounds, random):
     share = random.random() * random.randrange(2)

@@ -131,7 +131,7 @@ def test_a_string_of_several_lines_stays_readable():
     assert yaml_text.dump({"k": "Q: {q}\nA:"}) == 'k: "Q: {q}\\nA:"\n'
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.dictionaries(
         st.text(_CHARACTERS, max_size=5),

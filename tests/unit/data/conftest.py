@@ -6,12 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-# No test may fail because the machine is busy.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
-
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gdpo_megatron.distributed.mesh import EngineMesh, Mesh, engine_mesh
@@ -39,7 +39,6 @@ def test_trainer_ranks_by_hand() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_trainer_ranks_share_out_the_world(tp: int, pp: int, dp: int) -> None:
     world = range(tp * pp * dp)

@@ -103,7 +103,7 @@ def shards(row: Row, tensors: list[Tensor], arch: ModelArchitecture, tp: int) ->
     return [row.layout.shard(full, rank, tp) for rank in range(tp)]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.sampled_from([1, 2, 4]),
     st.integers(1, 2),
