@@ -15,14 +15,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from support.plan_jobs import SHAPES, plan_job, save_job
+from support.plan_jobs import plan_job, save_job
 
 from gdpo_megatron.errors import InputError
 from gdpo_megatron.planning.dry_run import RankRecord, dry_run, shard_sums
 from gdpo_megatron.planning.job import load_job
 from gdpo_megatron.policy.model import MegatronModel
 
-ROOT = Path(__file__).parents[3]
 SMALL = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1000}
 """Of Llama-70B's shape: 64 heads of 8, 8 key/value heads."""
 
@@ -138,32 +137,6 @@ def test_every_kind_of_step_runs(tmp_path: Path, changes: dict[str, Any]):
     assert names[0] == "weight_sync" and names[-1] == "update"
     assert ("reference" in names) == ("loss" in changes)
     assert all(phase.peak_bytes > 0 for phase in record.phases if phase.name != "weight_sync")
-
-
-def _example_layouts() -> list[Any]:
-    """Of each model in each layout, the first example that has it."""
-    from gdpo_megatron.config.loader import load_config
-    from gdpo_megatron.config.schema import RLConfig
-
-    found: dict[Any, Any] = {}
-    for path in sorted(ROOT.glob("examples/**/*.yaml")):
-        if path.stem != "sft":
-            config = load_config(RLConfig, path)
-            name = Path(config.model.hf_path).name
-            if name in SHAPES:
-                slow = [pytest.mark.full] if "num_experts" in SHAPES[name] else []
-                case = pytest.param(path, name, id=f"{path.parent.name}/{path.stem}", marks=slow)
-                found.setdefault((name, config.parallel), case)
-    return list(found.values())
-
-
-@pytest.mark.parametrize(("path", "name"), _example_layouts())
-def test_shards_of_examples_are_the_model(tmp_path: Path, path: Path, name: str):
-    folder = save_job(tmp_path, name, {}).parent
-    parallel = load_job(path, [], world_size=10080, model_folder=folder).config.parallel
-    world_size = 16 * parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    sums = shard_sums(load_job(path, [], world_size=world_size, model_folder=folder))
-    assert sums.is_whole, sums.problems
 
 
 @pytest.mark.parametrize(
