@@ -76,7 +76,7 @@ def torchrun_command(
         if way is not None:
             command += [f"--local-addr={way.address}"]
     else:
-        # c10d hands out ranks in the order of arrival, whatever --node-rank says.
+        # c10d numbers nodes by their addresses, whatever --node-rank says.
         command += ["--rdzv-backend=static", f"--rdzv-endpoint={options.rdzv_endpoint}"]
         command += [f"--node-rank={options.node_rank}"]
     return [*command, "-m", "gdpo_megatron.worker", *worker]

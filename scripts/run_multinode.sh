@@ -11,7 +11,7 @@
 #   MASTER_ADDR      host name of the first node, as the others reach it
 #   MASTER_PORT      a free port there (29500, or by the scheduler's job)
 #   NPROC_PER_NODE   processes on this node (the GPUs that nvidia-smi shows)
-#   NODE_RANK        this node's number, from 0 (not set: in the order of arrival)
+#   NODE_RANK        this node's number, from 0 (not set: by addresses, when nodes meet)
 set -euo pipefail
 
 repo="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)"

@@ -6,8 +6,8 @@
 # It runs gdpo-megatron with the node's place in the job, taken from the environment:
 #
 #   NNODES           --nnodes          nodes in the job (else SLURM_NNODES)
-#   NODE_RANK        --node-rank       this node's number, from 0 (else SLURM_NODEID); "any" leaves it
-#                                      to the order in which nodes arrive
+#   NODE_RANK        --node-rank       this node's number, from 0 (else SLURM_NODEID); with "any" nodes
+#                                      are numbered when they meet, by their addresses
 #   NPROC_PER_NODE   --nproc           processes on this node, one per device
 #   MASTER_ADDR      --rdzv-endpoint   host name of node 0, as the other nodes reach it
 #   MASTER_PORT                        a free port there

@@ -195,7 +195,7 @@ def main() -> int:
         0 where all came as it has to.
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=8, help="of the job (8)")
+    parser.add_argument("--steps", type=int, default=6, help="of the job (6)")
     parser.add_argument("--timeout", type=float, default=10, help="launch.node_timeout_seconds")
     parser.add_argument("--any", action="store_true", help="no node numbers: rendezvous by c10d")
     options = parser.parse_args()

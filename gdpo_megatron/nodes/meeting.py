@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -66,7 +66,7 @@ class Meeting:
 
     def beside(self) -> Meeting:
         """The same, over a connection of its own: for another thread."""
-        return Meeting(self.store.clone(), self.node, self.num_nodes)
+        return Meeting(_another(self.store), self.node, self.num_nodes)
 
     def clock_ahead(self) -> tuple[float, float]:
         """How far this node's clock is ahead of the first one's; collective.
@@ -91,6 +91,11 @@ class Meeting:
         there = float(self.store.get(f"gdpo/pong/{self.node}/{number}"))
         half = (time.time() - asked) / 2
         return asked + half - there, half
+
+
+def _another(store: Store) -> Store:
+    clone: Callable[[], Store] = store.clone  # pyright: ignore[reportAttributeAccessIssue]
+    return clone()  # it is there; torch's stubs do not say so
 
 
 class WatchedRendezvous(RendezvousHandler):

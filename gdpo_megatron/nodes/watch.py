@@ -91,15 +91,20 @@ class Watch:
             Reports by node; None of one that has told nothing.
         """
         self._reported[self._meeting.node] = own
-        within(_REPORT_SECONDS, lambda: self._exchange(own))
+        if not self._silent(self._meeting.node):  # else nothing gets to the others
+            within(_REPORT_SECONDS, lambda: self._exchange(own))
         return list(self._reported)
+
+    def _silent(self, node: int) -> bool:
+        return time.monotonic() - self._heard[node] > self._seconds
 
     def _exchange(self, own: NodeReport) -> None:
         meeting = self._telling
+        awaited = [it for it in range(meeting.num_nodes) if not self._silent(it)]
         meeting.say("end", own.dump())
         end = time.monotonic() + _REPORT_SECONDS
         # One of them keeps what all have told, so it stays until they have heard it.
-        while time.monotonic() < end and not all(self._reported):
+        while time.monotonic() < end and not all(self._reported[it] for it in awaited):
             self._take(meeting.hear("end"))
             time.sleep(0.1)
         time.sleep(0.5)
@@ -147,14 +152,14 @@ class Watch:
             return
 
     def _problem(self) -> str | None:
-        now, node = time.monotonic(), self._meeting.node
-        if now - self._heard[node] > self._seconds:
+        node = self._meeting.node
+        if self._silent(node):
             return (
                 f"the node where all meet ({self._place}) has not been heard of for "
                 f"{self._seconds:g} s (launch.node_timeout_seconds): it is gone, or the network is"
             )
-        for other, heard in self._heard.items():
-            if now - heard > self._seconds and not self._reported[other]:
+        for other in self._heard:
+            if self._silent(other) and not self._reported[other]:
                 return (
                     f"node {other} ({self._hosts[other]}) has not been heard of for "
                     f"{self._seconds:g} s (launch.node_timeout_seconds): it is gone, or the "

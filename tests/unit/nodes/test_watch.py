@@ -11,9 +11,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from gdpo_megatron.nodes.meeting import Meeting, within
 
@@ -105,11 +106,11 @@ def test_a_node_that_fails_tells_the_others_what():
 def on_each_node(num_nodes: int, what: Callable[[Meeting], object]) -> list[object]:
     """What a function returns on each node, a thread with a connection of its own."""
     server = TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=SECONDS))
+    through = Meeting(PrefixStore("job", server), 0, num_nodes)
     results: list[object] = [None] * num_nodes
 
     def run(node: int) -> None:
-        store = PrefixStore("job", server.clone())
-        results[node] = what(Meeting(store, node, num_nodes))
+        results[node] = what(replace(through.beside(), node=node))
 
     threads = [threading.Thread(target=run, args=(node,)) for node in range(num_nodes)]
     for thread in threads:
