@@ -174,9 +174,13 @@ def draw(results: Mapping[tuple[str, str], Mapping[int, Found]]) -> None:
     for (name, gpu), found in results.items():
         points = {n: it.fitting[0].time.seconds for n, it in found.items() if it.fitting}
         solid = gpu == GPU_NAMES[0]
-        style = {"color": colours[name], "marker": "o" if solid else "s"}
         axes.plot(
-            [*points], [*points.values()], "-" if solid else ":", label=f"{name}, {gpu}", **style
+            [*points],
+            [*points.values()],
+            color=colours[name],
+            linestyle="-" if solid else ":",
+            marker="o" if solid else "s",
+            label=f"{name}, {gpu}",
         )
         if solid and points:
             start = min(points)
