@@ -1,6 +1,6 @@
 """The certificate: what was checked where, with every number and its bound, as JSON and as text.
 
-It names no host, no user and no path: it is made to be shown.
+It is made to be shown: it names no host, no user and no path, unless the reason of a failure does.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def describe_machine(situation: Situation) -> dict[str, Any]:
         ],
         "driver": facts.driver,
         "toolkit": facts.toolkit,
-        "collectives": ".".join(map(str, facts.nccl)) if facts.nccl else None,
+        "collectives": facts.collectives,
         "python": facts.python,
         "packages": {**dict(sorted(facts.packages.items())), "torch": facts.torch},
     }

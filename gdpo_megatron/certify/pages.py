@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from gdpo_megatron.certify.certificate import read_certificate, where
-from gdpo_megatron.certify.check import Measured
+from gdpo_megatron.certify.check import Measured, Status
 from gdpo_megatron.certify.checks import CHECKS
 
 BEGIN = "<!-- certificates: made by tools/write_docs.py -->"
 END = "<!-- end of certificates -->"
 
-COLUMNS = {"cpu": "CPU", "gpu": "GPU"}
-"""File in docs/certificates -> head of its column; a file that is not there was not executed."""
+COLUMNS = {"CPU": ("cpu", "cpu_vllm"), "GPU": ("gpu",)}
+"""Head of a column -> its files in docs/certificates; one that is not there was not executed.
+
+Several are of environments of their own: what cannot run in one may in the next."""
 
 Certificates = Mapping[str, Mapping[str, Any]]
 
 
 def read_certificates(folder: Path) -> Certificates:
     """Those of COLUMNS that are there, by file name."""
-    paths = {name: folder / f"{name}.json" for name in COLUMNS}
+    names = [name for files in COLUMNS.values() for name in files]
+    paths = {name: folder / f"{name}.json" for name in names}
     return {name: read_certificate(path) for name, path in paths.items() if path.is_file()}
 
 
@@ -39,29 +42,28 @@ def fill(page: str, lines: Sequence[str]) -> str:
 
 def summary(certificates: Certificates) -> Iterator[str]:
     """Lines of README's table: a row for each check, a column for each kind of machine."""
-    machines = [
-        f"{head}: {where(certificates[name])}, {certificates[name]['date'][:10]}"
-        for name, head in COLUMNS.items()
-        if name in certificates
-    ]
-    yield f"`gdpo-megatron certify` ([docs/certify.md](docs/certify.md)). {'; '.join(machines)}."
+    machines = dict.fromkeys(f"{where(it)}, {it['date'][:10]}" for it in certificates.values())
+    yield f"`gdpo-megatron certify` ([docs/certify.md](docs/certify.md)): {'; '.join(machines)}."
     yield ""
-    yield f"| check | proves | {' | '.join(COLUMNS.values())} |"
+    yield f"| check | proves | {' | '.join(COLUMNS)} |"
     yield "|---" * (2 + len(COLUMNS)) + "|"
     for check in CHECKS:
-        cells = [_cell(certificates.get(name), check.name) for name in COLUMNS]
+        cells = [
+            _cell([certificates[name] for name in files if name in certificates], check.name)
+            for files in COLUMNS.values()
+        ]
         yield f"| `{check.name}` | {check.proves} | {' | '.join(cells)} |"
 
 
-def _cell(certificate: Mapping[str, Any] | None, check: str) -> str:
-    found = _of(certificate, check)
-    if found is None:
+def _cell(certificates: Sequence[Mapping[str, Any]], check: str) -> str:
+    """How a check ended in the first certificate in which it could run."""
+    found = [it for each in certificates for it in each["checks"] if it["check"] == check]
+    if not found:
         return "not executed"
-    return f"pass, {found['seconds']:.0f} s" if found["status"] == "pass" else found["status"]
-
-
-def _of(certificate: Mapping[str, Any] | None, check: str) -> Mapping[str, Any] | None:
-    return next((it for it in (certificate or {}).get("checks", ()) if it["check"] == check), None)
+    ran = [it for it in found if it["status"] != Status.CANNOT_RUN]
+    if not ran:
+        return Status.CANNOT_RUN
+    return f"pass, {ran[0]['seconds']:.0f} s" if ran[0]["status"] == Status.PASS else "FAIL"
 
 
 def numbers(certificates: Certificates) -> Iterator[str]:

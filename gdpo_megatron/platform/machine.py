@@ -113,6 +113,11 @@ class Facts:
     variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def collectives(self) -> str | None:
+        """Version of what ranks on GPUs talk through."""
+        return ".".join(map(str, self.nccl)) if self.nccl else None
+
+    @property
     def row(self) -> Row:
         """The row of the table of versions that this environment is of."""
         return rows()["gpu" if self.toolkit else "cpu"]

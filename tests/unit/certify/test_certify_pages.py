@@ -37,6 +37,25 @@ def test_a_column_says_what_was_executed() -> None:
     assert row.endswith("| cannot run | not executed |")
 
 
+def certificate(**status: str) -> dict[str, object]:
+    checks = [{"check": name, "status": it, "seconds": 7.4} for name, it in status.items()]
+    machine = {"gpus": [], "cores": 2, "packages": {"torch": "2"}}
+    return {"checks": checks, "machine": machine, "num_devices": 1, "date": "2026-01-02"}
+
+
+def test_what_cannot_run_in_one_environment_may_in_another() -> None:
+    made_up = {
+        "cpu": certificate(logits="pass", weight_sync_vllm="cannot run", fp8="fail"),
+        "cpu_vllm": certificate(logits="fail", weight_sync_vllm="pass"),
+        "gpu": certificate(logits="cannot run"),
+    }
+    rows = {it.split("`")[1]: it for it in pages.summary(made_up) if it.startswith("| `")}
+    ends = {name: [it.strip() for it in row.split("|")[-3:-1]] for name, row in rows.items()}
+    assert ends["logits"] == ["pass, 7 s", "cannot run"]
+    assert ends["weight_sync_vllm"] == ["pass, 7 s", "not executed"]
+    assert ends["fp8"] == ["FAIL", "not executed"]
+
+
 def test_every_check_is_in_the_page() -> None:
     text = (ROOT / "docs/certify.md").read_text()
     assert [it.name for it in CHECKS if f"| `{it.name}` |" not in text] == []
