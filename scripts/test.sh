@@ -38,7 +38,8 @@ done
 rank_tests=(tests/distributed tests/e2e)
 # What reaches Megatron; all of it under --full.
 next_tests=(
-  tests/unit/platform
+  tests/unit/platform/test_megatron_cpu.py
+  tests/unit/platform/test_megatron_versions.py
   tests/unit/policy/test_megatron_api.py
   tests/distributed/test_versions.py
   tests/distributed/test_layouts.py
