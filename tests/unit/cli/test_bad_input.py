@@ -259,7 +259,8 @@ OVERRIDES: dict[str, tuple[str, list[str]]] = {
         "--rollout.stall_timeout_seconds 1800",
         [
             "rollout.stall_timeout_seconds is 1800, but the other ranks wait for an engine for "
-            "1800 s only; take 1740 or less"
+            "1800 s only (launch.collective_timeout_seconds); take 1740 or less, or let them wait "
+            "longer"
         ],
     ),
     "less than a completion": (
