@@ -217,11 +217,15 @@ def failure_of(
         return replace(failure, lines=last_lines(err, _LAST_LINES))
     with err.open("a", encoding="utf-8") as file:  # so that one file holds it all
         file.write(f"{stack}\n")
+    problems = extra["problems"]
+    # Its launcher may end it while it leaves, for a peer that said the same and was faster.
+    was_sent = -code in _SENT
     return replace(
         failure,
+        code=SAID if problems and was_sent else code,
         seconds=float(extra["seconds"]) - ahead,
         lines=[line for line in stack.splitlines() if line.strip()][-_LAST_LINES:],
-        problems=extra["problems"],
+        problems=problems,
         recorded=True,
     )
 

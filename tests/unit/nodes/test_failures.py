@@ -155,6 +155,21 @@ def test_an_exception_is_left_with_its_time(tmp_path: Path, monkeypatch: pytest.
     assert message["extraInfo"]["timestamp"].isdigit()
 
 
+@pytest.mark.parametrize(
+    ("problems", "code", "counts_as"),
+    [(["rows: none"], -15, 2), (["rows: none"], -11, -11), ([], -15, -15), (["rows: none"], 2, 2)],
+)
+def test_who_has_told_what_to_mend_may_be_ended_while_it_leaves(
+    problems: list[str], code: int, counts_as: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    err = tmp_path / "rank5.err"
+    err.touch()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(err.with_suffix(".json")))
+    assert record(ValueError("rows: none"), problems)
+    found = failure_of(rank=5, node=1, host="b", pid=7, code=code, died=9.0, ahead=0.0, err=err)
+    assert (found.code, found.problems) == (counts_as, problems)
+
+
 def test_without_an_exception_the_last_lines_speak(tmp_path: Path):
     err = tmp_path / "rank5.err"
     err.write_text("".join(f"line {n}\n" for n in range(100)))
