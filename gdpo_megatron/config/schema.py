@@ -135,8 +135,8 @@ class RolloutConfig(SamplingConfig):
     """What answers the model between its turns; null makes a completion one turn."""
 
     stall_timeout_seconds: PositiveFloat = 600.0
-    """The run is saved and stops when an engine has made no progress for so long: no token drawn, no
-    tensor of a weight sync taken, no return from wake or sleep."""
+    """The run is saved and stops when an engine has made no progress for so long: no token drawn,
+    no tensor of a weight sync taken, no return from wake or sleep."""
 
     vllm: VllmConfig | None = None
     """More settings of engine vllm; null takes their defaults."""
