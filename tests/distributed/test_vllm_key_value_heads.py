@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 from rank_harness import run_ranks
-from test_vllm_sync import LIMITS, MODELS, SAMPLING, reference_logprobs
+from test_vllm_sync import LIMITS, MODELS, SAMPLING, draw_prompts, reference_logprobs
 
 from gdpo_megatron.certify.family_models import save_model
 
-pytestmark = [pytest.mark.distributed, pytest.mark.vllm]
+pytestmark = [pytest.mark.distributed, pytest.mark.vllm, pytest.mark.full]
 
 
-def test_a_head_is_repeated(prompts: list[list[int]], tmp_path: Path):
+def test_a_head_is_repeated(tmp_path: Path):
+    prompts = draw_prompts()
     config: dict[str, Any] = {**MODELS["qwen3, untied"], "num_key_value_heads": 1}
     save_model(tmp_path / "models" / "one", **config)
     ranks = run_ranks(

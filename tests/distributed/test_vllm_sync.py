@@ -74,13 +74,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def prompts() -> list[list[int]]:
+def draw_prompts() -> list[list[int]]:
     """Some longer than a block of vLLM's cache, two of them equal."""
     generator = torch.Generator().manual_seed(5)
     lengths = (3, 20, 150, 150, 200)
     rows = [torch.randint(2, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
     return [*rows, rows[2]]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return draw_prompts()
 
 
 @torch.no_grad()
