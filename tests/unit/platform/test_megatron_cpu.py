@@ -30,6 +30,7 @@ RULE_CASES = [f"rule:{name}" for name in megatron_cpu.RULES]
 PATCH_CASES = [f"patch:{patch.module}" for patch in megatron_cpu.PATCHES if patch.is_needed()]
 STAND_IN_CASES = [f"stand-in:{it.module}" for it in megatron_cpu.STAND_INS if it.is_needed()]
 OLD = "0.16.1"  # some patches are for it alone
+NO_DRIVER = "RuntimeError: Found no NVIDIA driver"  # a build of torch for GPUs, without one
 
 # Sites in the modules that a training process loads. Another version: look at what changed there
 # (new forms of the same requests show up as failures of the runs below), then add its numbers.
@@ -257,10 +258,10 @@ def test_number_of_sites(probe: dict[str, dict[str, Any]]) -> None:
 
 def test_without_the_hook(probe: dict[str, dict[str, Any]]) -> None:
     """Megatron asks for CUDA; once it is imported like that, the hook refuses to come later."""
-    expected = "AssertionError: Torch not compiled with CUDA enabled"
+    expected = ("AssertionError: Torch not compiled with CUDA enabled", NO_DRIVER)
     if STAND_IN_CASES and importlib.util.find_spec("triton") is None:  # it does not get that far
-        expected = "ModuleNotFoundError: No module named 'triton'"
-    assert probe["hook"]["error"] == expected
+        expected = ("ModuleNotFoundError: No module named 'triton'",)
+    assert probe["hook"]["error"].startswith(expected)
     assert probe["hook"]["sites"] == {}
     message = r"megatron\.core[.\w]* was imported before gdpo_megatron prepared it for the CPU"
     assert re.match(message, probe["hook"]["install_again"])
@@ -281,10 +282,13 @@ def test_rule_is_needed(case: str, probe: dict[str, dict[str, Any]]) -> None:
     assert probe["all"]["rotary_positions"] == [2.0, 3.0, 4.0, 5.0]
     if rule == "pinned memory":
         assert "error" not in probe[case], "a step without context parallelism needs none"
-        assert probe[case]["rotary_positions"].startswith("RuntimeError: pin_memory=True requires")
+        expected = ("RuntimeError: pin_memory=True requires", NO_DRIVER)
+        assert probe[case]["rotary_positions"].startswith(expected)
         return
-    words = "Wrapped parameters must be one of torch.cuda" if rule == "type name" else "CUDA"
-    assert words in probe[case]["error"]
+    words = ("CUDA", NO_DRIVER)
+    if rule == "type name":
+        words = ("Wrapped parameters must be one of torch.cuda",)
+    assert any(it in probe[case]["error"] for it in words)
 
 
 def test_jit_patch_is_needed(probe: dict[str, dict[str, Any]]) -> None:
