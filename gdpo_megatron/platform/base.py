@@ -66,10 +66,6 @@ class Platform(Protocol):
         """Wait until the device has done what was queued."""
         ...
 
-    def memory_stats(self) -> dict[str, float]:
-        """Peak memory of this process in bytes, by kind."""
-        ...
-
     def memory_probe(self) -> MemoryProbe:
         """What keeps the peak of the memory that runs out first here."""
         ...

@@ -6,7 +6,6 @@ Megatron-Core is the real one; megatron_cpu.py redirects what it asks of CUDA.
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,10 +61,6 @@ class CpuPlatform:
 
     def synchronize(self) -> None:
         """CPU operations are done when they return."""
-
-    def memory_stats(self) -> dict[str, float]:
-        # Linux reports ru_maxrss in KiB.
-        return {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
 
     def memory_probe(self) -> MemoryProbe:
         return host_probe()

@@ -62,9 +62,6 @@ class CudaPlatform:
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
-    def memory_stats(self) -> dict[str, float]:
-        return {"device_peak": float(torch.cuda.max_memory_allocated())}
-
     def memory_probe(self) -> MemoryProbe:
         return MemoryProbe(
             "device_peak", torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats

@@ -49,9 +49,6 @@ class FakePlatform(CpuPlatform):
     def setup(self, local_rank: int) -> None:
         """The world is there already, see `fake_world`."""
 
-    def memory_stats(self) -> dict[str, float]:
-        return {}
-
 
 @dataclass(frozen=True, slots=True, order=True)
 class Message:

@@ -88,6 +88,7 @@ def test_without_forgetting_there_is_only_the_whole() -> None:
 def test_the_kernels_peak_of_a_phase() -> None:
     probe = host_probe()
     if probe.forget is None:
+        # Right: what is done without it is the test above; here the kernel itself is asked.
         pytest.skip("this kernel or container does not let a process forget its peak")
     phases = PhaseMemory(probe)
     with phases("large"):

@@ -34,7 +34,7 @@ def test_cpu_threads(value: str | None, threads: int, monkeypatch: pytest.Monkey
 
 def test_cpu_memory_is_this_process() -> None:
     """A peak in bytes: at least what is resident now, at most what the machine has."""
-    peak = CpuPlatform().memory_stats()["host_peak"]
+    peak = CpuPlatform().memory_probe().peak()
     assert 0.9 * psutil.Process().memory_info().rss <= peak <= psutil.virtual_memory().total
 
 
